@@ -1,0 +1,89 @@
+"""Refusals of bad arguments, each naming the argument, what is required and what came.
+
+What JAX refuses clearly by itself is left to JAX.
+"""
+
+import operator
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Sharding, SingleDeviceSharding
+
+Placement = jax.Device | Sharding
+"""Where parameters are created: on one device, or split over several."""
+
+
+def checked_array(name, value):
+    """``value`` as a JAX array, a Flax ``Param`` included."""
+    if value is None or isinstance(value, (list, tuple, dict, set)):
+        raise TypeError(f"`{name}` must be an array, got {type(value).__name__}")
+    return jnp.asarray(value)
+
+
+def check_input(x):
+    if jnp.ndim(x) == 0:
+        raise ValueError("`x` must have at least one axis, (*, in), got a scalar")
+
+
+def check_shapes(x, weight, bias):
+    check_input(x)
+    if weight.ndim != 2:
+        raise ValueError(
+            f"`weight` must be a matrix (out, in), got shape {weight.shape}"
+        )
+    if jnp.shape(x)[-1] != weight.shape[1]:
+        raise ValueError(
+            f"`x` must have {weight.shape[1]} elements along its last axis, as `weight`"
+            f" of shape {weight.shape} does, got shape {jnp.shape(x)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"`bias` must have shape {weight.shape[:1]}, one element for each row of"
+            f" `weight`, got shape {bias.shape}"
+        )
+
+
+def checked_dtype(name, dtype):
+    """``dtype`` as a floating or complex NumPy dtype."""
+    try:
+        checked = jnp.dtype(dtype)
+    except TypeError:
+        raise TypeError(
+            f"`{name}` must be a floating or complex dtype, got {dtype!r}"
+        ) from None
+    if not jnp.issubdtype(checked, jnp.inexact):
+        raise TypeError(f"`{name}` must be a floating or complex dtype, got {checked}")
+    return checked
+
+
+def compute_dtype(dtype, *arrays):
+    """``dtype``, or by default that of the arrays, promoted to a floating one."""
+    arrays = [array for array in arrays if array is not None]
+    if dtype is None:
+        return jnp.result_type(*arrays, float)
+    dtype = checked_dtype("dtype", dtype)
+    if jnp.issubdtype(dtype, jnp.floating) and any(map(jnp.iscomplexobj, arrays)):
+        raise TypeError(f"`dtype` must be complex for complex arguments, got {dtype}")
+    return dtype
+
+
+def checked_features(name, count):
+    """``count`` as a Python integer that is not negative."""
+    try:
+        checked = operator.index(count)
+    except TypeError:
+        raise TypeError(f"`{name}` must be an integer, got {count!r}") from None
+    if checked < 0:
+        raise ValueError(f"`{name}` must not be negative, got {checked}")
+    return checked
+
+
+def checked_sharding(name, device):
+    """The sharding that places an array on ``device``, or None for None."""
+    if device is None or isinstance(device, Sharding):
+        return device
+    if isinstance(device, jax.Device):
+        return SingleDeviceSharding(device)
+    raise TypeError(
+        f"`{name}` must be a jax.Device or a jax.sharding.Sharding, got {device!r}"
+    )

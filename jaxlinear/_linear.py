@@ -1,0 +1,128 @@
+"""The linear layer and its derivative: Y = X Wᵀ + B.
+
+Read from top to bottom: the public function checks its arguments and settles
+the dtype, the op computes, the rule differentiates.
+"""
+
+from functools import partial
+
+import jax
+from jax.custom_derivatives import CustomVJPPrimal
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxlinear._checks import check_shapes, checked_array, compute_dtype
+from jaxlinear._products import (
+    bias_gradient,
+    forward_product,
+    input_gradient,
+    weight_gradient,
+)
+from jaxlinear._types import ArrayType, cotangent_type, vary_together
+
+
+@partial(jax.jit, static_argnames=("dtype", "out_sharding"))
+def linear(
+    x: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    dtype: DTypeLike | None = None,
+    out_sharding: NamedSharding | PartitionSpec | None = None,
+) -> jax.Array:
+    """Apply a linear layer to the last axis of ``x``: Y = X Wᵀ + B.
+
+    Shapes::
+
+        x (*, in)    weight (out, in)    bias (out,)    result (*, out)
+
+    where ``*`` is any number of leading axes, none included. Given the cotangent
+    G = ∂Loss/∂Y, reverse mode computes::
+
+        ∇X = G W     ∇W = Gᵀ X     ∇B = Σ G
+
+    with the leading axes contracted in ∇W and summed in ∇B. Each product is
+    accumulated in at least float32 and rounded once: Y to ``dtype``, each gradient
+    to the dtype of its own argument. With float32 weights and ``dtype=bfloat16``
+    the weight gradient therefore never passes through bfloat16. Reverse mode of any
+    order is supported; forward mode is not.
+
+    Args:
+      x: input, with at least one axis. Integers are promoted as in ``jax.numpy``.
+      weight: matrix (out, in), the layout of PyTorch.
+      bias: vector (out,), or None. It is added before Y is rounded.
+      dtype: floating or complex dtype of the product's operands and of the result.
+        Default: the promoted dtype of the arguments.
+      out_sharding: sharding of the result on a mesh with explicit axes, as in
+        :func:`jax.lax.dot_general`.
+
+    Returns:
+      Y, of shape (*, out) and dtype ``dtype``.
+
+    Raises:
+      ValueError: if the shapes are not those above.
+      TypeError: if an argument is no array, or ``dtype`` is neither floating nor
+        complex, or is real while an argument is complex.
+
+    The formulas are those of ``torch.nn.Linear``:
+    https://docs.pytorch.org/docs/stable/generated/torch.nn.Linear.html
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxlinear
+      >>> x, weight, bias = jnp.ones((8, 3)), jnp.ones((2, 3)), jnp.zeros(2)
+      >>> jaxlinear.linear(x, weight, bias).shape
+      (8, 2)
+      >>> jax.grad(lambda w: jaxlinear.linear(x, w, bias).sum())(weight)
+      Array([[8., 8., 8.],
+             [8., 8., 8.]], dtype=float32)
+    """
+    x, weight = checked_array("x", x), checked_array("weight", weight)
+    bias = None if bias is None else checked_array("bias", bias)
+    check_shapes(x, weight, bias)
+    Y_type = ArrayType(compute_dtype(dtype, x, weight, bias), out_sharding)
+    return _linear(*vary_together(x, weight, bias), Y_type)
+
+
+# The op: Y = X Wᵀ + B. The operands are cast inside it, so that the rule below
+# decides in which dtype each gradient leaves its product.
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _linear(x, weight, bias, Y_type):
+    X, W = x.astype(Y_type.dtype), weight.astype(Y_type.dtype)
+    return forward_product(X, W, bias, Y_type)
+
+
+# The rule. With y_no = Σ_i x_ni w_oi + b_o for each row n of the leading axes, and
+# G = ∂Loss/∂Y, the chain rule gives
+#
+#     ∂Loss/∂x_ni = Σ_o g_no w_oi      ∇X = G W
+#     ∂Loss/∂w_oi = Σ_n g_no x_ni      ∇W = Gᵀ X
+#     ∂Loss/∂b_o  = Σ_n g_no           ∇B = Σ G
+#
+# ∇X reads W, ∇W reads X and ∇B neither, so each operand is kept only if the other
+# one is differentiated, and it is kept as it was multiplied.
+
+
+def _linear_forward(
+    x: CustomVJPPrimal, weight: CustomVJPPrimal, bias: CustomVJPPrimal | None, Y_type
+):
+    X, W = x.value.astype(Y_type.dtype), weight.value.astype(Y_type.dtype)
+    Y = forward_product(X, W, bias and bias.value, Y_type)
+    X_type, W_type, B_type = map(_cotangent_type_if_perturbed, (x, weight, bias))
+    return Y, (X if W_type else None, W if X_type else None, X_type, W_type, B_type)
+
+
+def _linear_backward(Y_type, residuals, G):
+    X, W, X_type, W_type, B_type = residuals
+    grad_X = input_gradient(G, W, X_type) if X_type else None
+    grad_W = weight_gradient(G, X, W_type) if W_type else None
+    grad_B = bias_gradient(G, B_type) if B_type else None
+    return grad_X, grad_W, grad_B
+
+
+_linear.defvjp(_linear_forward, _linear_backward, symbolic_zeros=True)
+
+
+def _cotangent_type_if_perturbed(primal):
+    return cotangent_type(primal.value) if primal and primal.perturbed else None
