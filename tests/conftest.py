@@ -1,0 +1,19 @@
+"""Every strictness that JAX has, and eight devices, for all tests."""
+
+import os
+
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import hypothesis
+import jax
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_check_tracer_leaks", True)
+
+# The same examples in every run: a failure is a change of the code, not of the seed.
+# No deadline: an example compiles several programs.
+hypothesis.settings.register_profile("jaxlinear", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("jaxlinear")

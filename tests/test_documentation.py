@@ -1,0 +1,58 @@
+"""Every Python block of the README and every example of a docstring runs."""
+
+import doctest
+import importlib
+import pathlib
+import pkgutil
+import re
+
+import jax
+import pytest
+
+import jaxlinear
+
+README = pathlib.Path(__file__).parent.parent / "README.md"
+BLOCKS = re.findall(
+    r"^```python\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE
+)
+MODULES = [m.name for m in pkgutil.iter_modules(jaxlinear.__path__, "jaxlinear.")]
+
+
+@pytest.fixture(autouse=True)
+def _ordinary_settings():
+    """A reader's settings, not those of the tests."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=[b.splitlines()[0] for b in BLOCKS])
+def test_python_block_of_the_readme_runs(block):
+    exec(compile(block, str(README), "exec"), {})
+
+
+@pytest.mark.parametrize("name", ["jaxlinear", *MODULES])
+def test_docstring_examples_are_right(name):
+    module = importlib.import_module(name)
+    assert doctest.testmod(module).failed == 0
+
+
+def test_public_functions_and_classes_have_examples():
+    # `doctest.testmod` passes where there is nothing to run.
+    from jaxlinear import linen, nnx
+
+    for public in (jaxlinear.linear, nnx.Linear, linen.Linear):
+        assert doctest.DocTestParser().get_examples(public.__doc__)
+
+
+def test_importing_the_package_needs_jax_alone():
+    import subprocess
+    import sys
+
+    program = (
+        "import sys; sys.modules['flax'] = None; import jaxlinear;"
+        " print(*sorted(n for n in vars(jaxlinear) if not n.startswith('_')))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.split() == ["linear"]

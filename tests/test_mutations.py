@@ -1,0 +1,193 @@
+"""The tests of the tests: each way to break the package makes a test fail.
+
+A mutant is a copy of the package with one piece of text replaced; the tests that should
+notice run against it in a process of their own.
+"""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+TESTS = pathlib.Path(__file__).parent
+PACKAGE = TESTS.parent / "jaxlinear"
+
+# name: file, text, replacement, and the tests that must fail
+MUTANTS = {
+    "bias gradient without its sum": (
+        "_products.py",
+        "jnp.sum(G, range(G.ndim - 1), dtype=_accumulator(G.dtype))",
+        "G.reshape(-1, G.shape[-1])[0].astype(_accumulator(G.dtype))",
+        "test_values.py::test_gradients_are_those_of_the_naive_formula",
+    ),
+    "bias gradient summed over the first axis alone": (
+        "_products.py",
+        "jnp.sum(G, range(G.ndim - 1),",
+        "jnp.sum(G, 0,",
+        "test_values.py::test_gradients_are_those_of_the_naive_formula",
+    ),
+    "bias gradient summed in its own dtype": (
+        "_products.py",
+        "range(G.ndim - 1), dtype=_accumulator(G.dtype))",
+        "range(G.ndim - 1), dtype=G.dtype, promote_integers=False).astype(G.dtype)",
+        "test_mixed_precision.py::test_parameter_gradients_keep_float32_accuracy_under_bfloat16_compute",
+    ),
+    "weight gradient transposed": (
+        "_products.py",
+        "_accumulate(G, X, (leading, leading), W_type.sharding)",
+        "_accumulate(X, G, (leading, leading), W_type.sharding)",
+        "test_values.py::test_gradients_are_those_of_the_naive_formula",
+    ),
+    "input gradient of the transposed weight": (
+        "_products.py",
+        "_accumulate(G, W, ((G.ndim - 1,), (0,))",
+        "_accumulate(G, W.T.reshape(W.shape), ((G.ndim - 1,), (0,))",
+        "test_values.py::test_gradients_are_those_of_the_naive_formula",
+    ),
+    "conjugated weight gradient": (
+        "_products.py",
+        "grad_W = _accumulate(G, X,",
+        "grad_W = _accumulate(G, X.conj(),",
+        "test_values.py::test_gradients_are_those_of_the_naive_formula",
+    ),
+    "products accumulated in the compute dtype": (
+        "_products.py",
+        'jnp.dtype("float32") if jnp.finfo(dtype).bits < 32 else dtype',
+        "dtype",
+        "test_mixed_precision.py::test_parameter_gradients_keep_float32_accuracy_under_bfloat16_compute",
+    ),
+    "output rounded before the bias is added": (
+        "_products.py",
+        "Y = _accumulate(X, W, ((X.ndim - 1,), (1,)), Y_type.sharding)",
+        "Y = _accumulate(X, W, ((X.ndim - 1,), (1,)), Y_type.sharding).astype(Y_type.dtype)",
+        "test_values.py::test_float16_output_survives_a_product_that_alone_would_overflow",
+    ),
+    "product without a fence on CPU": (
+        "_products.py",
+        "cpu=fenced_product",
+        "cpu=product",
+        "test_transformations.py::test_accelerators_get_a_plain_product_and_the_cpu_a_fenced_one",
+    ),
+    "operands swapped in the residuals": (
+        "_linear.py",
+        "X if W_type else None, W if X_type else None,",
+        "X if X_type else None, W if W_type else None,",
+        "test_residuals.py::test_each_operand_is_kept_in_the_compute_dtype_if_the_other_is_differentiated",
+    ),
+    "both operands always kept": (
+        "_linear.py",
+        "X if W_type else None, W if X_type else None,",
+        "X, W,",
+        "test_residuals.py::test_a_frozen_layer_in_a_scan_keeps_its_weight_once",
+    ),
+    "the input kept as it came": (
+        "_linear.py",
+        "(X if W_type else None,",
+        "(x.value if W_type else None,",
+        "test_residuals.py::test_each_operand_is_kept_in_the_compute_dtype_if_the_other_is_differentiated",
+    ),
+    "gradients of arguments that nobody differentiates": (
+        "_linear.py",
+        "if primal and primal.perturbed else None",
+        "if primal else None",
+        "test_residuals.py::test_never_more_bytes_are_kept_than_by_the_naive_formula",
+    ),
+    "weight gradient left in the accumulator's dtype": (
+        "_products.py",
+        "return round_to(W_type.dtype, grad_W)",
+        "return grad_W",
+        "test_transformations.py::test_gradient_through_a_scan_that_carries_a_bfloat16_weight",
+    ),
+    "complex gradient of a real argument": (
+        "_types.py",
+        "cotangent = cotangent.real",
+        "pass",
+        "test_values.py::test_each_gradient_has_the_dtype_of_its_argument_and_is_rounded_to_it_once",
+    ),
+    "operands that vary over different manual axes": (
+        "_linear.py",
+        "*vary_together(x, weight, bias)",
+        "x, weight, bias",
+        "test_sharding.py::test_shard_map_has_the_gradients_of_the_naive_formula_outside",
+    ),
+    "cotangents without a sharding": (
+        "_types.py",
+        "NamedSharding(mesh, spec) if explicit else None",
+        "None",
+        "test_sharding.py::test_explicit_mesh_gives_gradients_of_the_types_and_values_of_autodiff",
+    ),
+    "arrays made before the mesh forgotten": (
+        "_types.py",
+        "mesh = jax.sharding.get_abstract_mesh()",
+        "pass",
+        "test_sharding.py::test_explicit_mesh_accepts_parameters_made_before_the_mesh_was_set",
+    ),
+    "initial values rounded beyond the bound": (
+        "_init.py",
+        "jnp.clip(values, -float(limit), float(limit))",
+        "values",
+        "test_init.py::test_every_value_is_inside_the_bound_in_every_dtype",
+    ),
+    "initial values with PyTorch's bound squared": (
+        "_init.py",
+        "math.sqrt(1 / in_features)",
+        "(1 / in_features)",
+        "test_init.py::test_weight_and_bias_are_uniform",
+    ),
+    "initial values drawn in the parameter's dtype": (
+        "_init.py",
+        "drawn = jnp.float32",
+        "pass",
+        "test_init.py::test_weight_and_bias_are_uniform",
+    ),
+    "bias of one element": (
+        "_checks.py",
+        "bias is not None and bias.shape != weight.shape[:1]",
+        "False",
+        "test_refusals.py",
+    ),
+    "input of another size": (
+        "_checks.py",
+        "jnp.shape(x)[-1] != weight.shape[1]",
+        "False",
+        "test_refusals.py",
+    ),
+}
+
+
+def copied_package(folder):
+    copy = folder / "jaxlinear"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    return copy
+
+
+def run_tests(tests, folder):
+    """Run ``tests`` with the package found in ``folder``, before the one beside them."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    return subprocess.run(
+        [*command, "-c", str(TESTS.parent / "pyproject.toml"), str(TESTS / tests)],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS)
+def test_a_broken_package_makes_a_test_fail(mutant, tmp_path):
+    name, text, replacement, tests = mutant
+    file = copied_package(tmp_path) / name
+    source = file.read_text()
+    assert source.count(text) == 1, f"{text!r} is not in {name} exactly once"
+    file.write_text(source.replace(text, replacement))
+    result = run_tests(tests, tmp_path)
+    assert result.returncode == pytest.ExitCode.TESTS_FAILED, result.stdout
+
+
+def test_a_copy_that_is_not_broken_passes(tmp_path):
+    copied_package(tmp_path)
+    result = run_tests("test_refusals.py", tmp_path)
+    assert result.returncode == pytest.ExitCode.OK, result.stdout
