@@ -18,7 +18,9 @@ class ArrayType:
 
 
 def cotangent_type(primal):
-    """The type that the cotangent of ``primal`` must have."""
+    """The type that the cotangent of ``primal`` must have; None for None."""
+    if primal is None:
+        return None
     aval = jax.typeof(primal).to_ct_aval()
     mesh, spec = aval.sharding.mesh, aval.sharding.spec
     if mesh.empty:  # An array made before the mesh was set is replicated over it.

@@ -54,9 +54,9 @@ def exact(x, weight, bias, cotangent):
 def assert_rounded_once(actual, expected, magnitude, terms):
     """``actual`` is ``expected`` but for accumulation and one rounding to its dtype.
 
-    A sum of n terms accumulated with unit roundoff u is off by at most about n u Σ|term|
-    in any order (Higham, Accuracy and Stability of Numerical Algorithms, §4.2): n counts
-    the terms, one for the bias and two more for a complex product.
+    A sum of n terms accumulated with unit roundoff u is off by at most about
+    n u Σ|term| in any order (Higham, Accuracy and Stability of Numerical Algorithms,
+    §4.2): n counts the terms, one for the bias and two more for a complex product.
     """
     dtype = jnp.asarray(actual).dtype
     roundoff = float(jnp.finfo(dtype).eps) / 2
