@@ -61,7 +61,7 @@ def _accumulate(a, b, contracted_axes, out_sharding):
         return product(a, b)
     # On CPU a bfloat16 product with a float32 result can fail when it runs, where XLA
     # folds a transpose into it; an optimization barrier does not prevent that. See
-    # test_transformations.py::test_vmap_of_bfloat16_gradients_over_any_axes.
+    # test_transformations.py::test_transposed_gradients_in_mixed_precision.
     return lax.platform_dependent(
         a,
         b,

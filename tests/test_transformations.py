@@ -103,22 +103,22 @@ def test_vmap_over_each_argument(in_axes, gradient, dtype):
     assert_as_naive(transformed, *arguments, dtype=dtype)
 
 
-@pytest.mark.parametrize("weight_axis", [None, 0, 1, 2])
-@pytest.mark.parametrize("x_axis", [0, 1, 2])
-def test_vmap_of_bfloat16_gradients_over_any_axes(x_axis, weight_axis):
-    # XLA's CPU backend refuses some of these when they run, if written as bfloat16
-    # products with a float32 result, with or without optimization barriers.
-    x, weight, _, _ = random_problem((5,), 8, 2, "bfloat16")
+@pytest.mark.parametrize("weight_axis", [None, 0, 2])
+@pytest.mark.parametrize("x_axis", [0, 2])
+def test_transposed_gradients_in_mixed_precision(x_axis, weight_axis):
+    # XLA's CPU backend folds the transpose into the product, and fails when it runs one
+    # that takes bfloat16 operands and has a float32 result.
+    x, weight, _, _ = random_problem((2, 3), 8, 2, "float32")
     x = jnp.stack([x, -x], x_axis)
     if weight_axis is not None:
         weight = jnp.stack([weight, 2 * weight], weight_axis)
 
     def transformed(layer):
-        def loss(x, weight):
-            return jnp.sum(jnp.sin(layer(x, weight).astype("float32")))
+        def transposed_gradients(x, weight):
+            grads = jax.grad(squares(layer, "bfloat16"), (0, 1))(x, weight, None)
+            return [g.T for g in grads]
 
-        gradient = jax.grad(loss, (0, 1))
-        return jax.jit(jax.vmap(gradient, (x_axis, weight_axis), out_axes=-1))
+        return jax.jit(jax.vmap(transposed_gradients, (x_axis, weight_axis)))
 
     assert_as_naive(transformed, x, weight, dtype="bfloat16")
 

@@ -24,7 +24,7 @@ from jaxlinear import linear
 DTYPES = ["float16", "bfloat16", "float32", "float64", "complex64"]
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     leading=st.lists(st.integers(0, 4), max_size=5).map(tuple),
     in_features=st.integers(0, 17),
