@@ -45,7 +45,8 @@ def linear(
     accumulated in at least float32 and rounded once: Y to ``dtype``, each gradient
     to the dtype of its own argument. With float32 weights and ``dtype=bfloat16``
     the weight gradient therefore never passes through bfloat16. Reverse mode of any
-    order is supported; forward mode is not.
+    order is supported, and forward mode of a gradient (``jax.hessian``); JAX refuses
+    forward mode of the layer itself.
 
     Args:
       x: input, with at least one axis. Integers are promoted as in ``jax.numpy``.

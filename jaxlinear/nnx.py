@@ -38,6 +38,7 @@ class Linear(nnx.Module):
       bias_init: initializer of the bias.
       device: a ``jax.Device`` or a ``jax.sharding.Sharding`` where the parameters are
         created. It shards the weight; the bias is sharded as the weight's first axis.
+        Name the axes in the metadata then, not by ``nnx.with_partitioning``.
       rngs: random number generators; the stream ``params`` draws the parameters.
       weight_metadata: metadata of the weight's ``nnx.Param``, such as ``out_sharding``.
       bias_metadata: metadata of the bias's ``nnx.Param``.

@@ -68,6 +68,28 @@ def test_second_derivatives_in_reverse_mode(dtype):
 
 
 @each_dtype
+@pytest.mark.parametrize("argument", [0, 1])
+def test_forward_over_reverse(argument, dtype):
+    *arguments, _ = random_problem((3,), 3, 2, "float32")
+    tangent = random_array(5, arguments[argument].shape, "float32")
+
+    def transformed(layer):
+        loss = squares(layer, dtype)
+
+        def hessian_and_its_product(tangent, *arguments):
+            def gradient(value):
+                changed = (*arguments[:argument], value, *arguments[argument + 1 :])
+                return jax.grad(loss, argument)(*changed)
+
+            product = jax.jvp(gradient, (arguments[argument],), (tangent,))[1]
+            return jax.hessian(loss, argument)(*arguments), product
+
+        return hessian_and_its_product
+
+    assert_as_naive(transformed, tangent, *arguments, dtype=dtype)
+
+
+@each_dtype
 @pytest.mark.parametrize(
     "in_axes",
     [
@@ -248,7 +270,7 @@ def test_shapes_and_programs_ahead_of_time():
     np.testing.assert_array_equal(compiled(*arguments), expected)
 
 
-def test_forward_mode_is_refused_by_jax():
+def test_forward_mode_of_the_layer_itself_is_refused_by_jax():
     x, weight, _, _ = random_problem((5,), 4, 3, "float32")
     with pytest.raises(TypeError, match=r"forward-mode autodiff \(jvp\).*custom_vjp"):
         jax.jvp(lambda w: linear(x, w), (weight,), (weight,))
