@@ -21,7 +21,7 @@ def checked_array(name, value):
 
 
 def check_input(x):
-    if jnp.ndim(x) == 0:
+    if x.ndim == 0:
         raise ValueError("`x` must have at least one axis, (*, in), got a scalar")
 
 
@@ -31,10 +31,10 @@ def check_shapes(x, weight, bias):
         raise ValueError(
             f"`weight` must be a matrix (out, in), got shape {weight.shape}"
         )
-    if jnp.shape(x)[-1] != weight.shape[1]:
+    if x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"`x` must have {weight.shape[1]} elements along its last axis, as `weight`"
-            f" of shape {weight.shape} does, got shape {jnp.shape(x)}"
+            f" of shape {weight.shape} does, got shape {x.shape}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(
@@ -45,14 +45,15 @@ def check_shapes(x, weight, bias):
 
 def checked_dtype(name, dtype):
     """``dtype`` as a floating or complex NumPy dtype."""
+    required = f"`{name}` must be a floating or complex dtype"
+    if dtype is None:  # Which NumPy takes for float64.
+        raise TypeError(f"{required}, got None")
     try:
         checked = jnp.dtype(dtype)
     except TypeError:
-        raise TypeError(
-            f"`{name}` must be a floating or complex dtype, got {dtype!r}"
-        ) from None
+        raise TypeError(f"{required}, got {dtype!r}") from None
     if not jnp.issubdtype(checked, jnp.inexact):
-        raise TypeError(f"`{name}` must be a floating or complex dtype, got {checked}")
+        raise TypeError(f"{required}, got {checked}")
     return checked
 
 

@@ -10,6 +10,7 @@ from jaxlinear._checks import (
     Placement,
     check_input,
     check_shapes,
+    checked_array,
     checked_dtype,
     checked_features,
     checked_sharding,
@@ -68,16 +69,16 @@ class Linear(nn.Module):
 
         Raises:
           ValueError: if ``x`` is a scalar or ``out_features`` is negative.
-          TypeError: if ``out_features`` is no integer, a dtype is neither floating nor
-            complex, or ``device`` is neither a device nor a sharding.
+          TypeError: if ``x`` is no array, ``out_features`` no integer, a dtype neither
+            floating nor complex, or ``device`` neither a device nor a sharding.
         """
+        x = checked_array("x", x)
         check_input(x)
         weight = nn.unbox(self.get_variable("params", "weight"))
-        if (
-            weight is not None
-        ):  # Flax would refuse another in_features without naming x.
+        if weight is not None:
+            # Flax would refuse another number of features without naming `x`.
             check_shapes(x, weight, bias=None)
-        in_features = jnp.shape(x)[-1]
+        in_features = x.shape[-1]
         out_features = checked_features("out_features", self.out_features)
         dtype = None if self.dtype is None else checked_dtype("dtype", self.dtype)
         param_dtype = checked_dtype("param_dtype", self.param_dtype)

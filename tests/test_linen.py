@@ -177,6 +177,18 @@ REFUSED = {
         TypeError,
         r"`device` must be a jax.Device or a jax.sharding.Sharding, got 'cpu'",
     ),
+    "no param_dtype": (
+        Linear(4, param_dtype=None),
+        x(),
+        TypeError,
+        "`param_dtype` must be a floating or complex dtype, got None",
+    ),
+    "list input": (
+        Linear(4),
+        [1.0, 2.0],
+        TypeError,
+        "`x` must be an array, got list",
+    ),
     "scalar input": (
         Linear(4),
         jnp.float32(1),

@@ -151,7 +151,7 @@ MUTANTS = {
     ),
     "input of another size": (
         "_checks.py",
-        "jnp.shape(x)[-1] != weight.shape[1]",
+        "x.shape[-1] != weight.shape[1]",
         "False",
         "test_refusals.py",
     ),

@@ -218,6 +218,16 @@ REFUSED = {
         TypeError,
         r"`device` must be a jax.Device or a jax.sharding.Sharding, got 'cpu'",
     ),
+    "no param_dtype": (
+        lambda: layer(param_dtype=None),
+        TypeError,
+        "`param_dtype` must be a floating or complex dtype, got None",
+    ),
+    "list input": (
+        lambda: layer()([1.0, 2.0, 3.0]),
+        TypeError,
+        "`x` must be an array, got list",
+    ),
     "scalar input": (
         lambda: layer()(1.0),
         ValueError,
