@@ -10,10 +10,12 @@ was interrupted goes on from there to the same parameters, bit for bit.
 """
 
 import argparse
+import io
 import logging
 import os
 import sys
 import textwrap
+import zlib
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -189,6 +191,8 @@ def open_checkpoints(directory):
     """The manager of a folder that is new, empty or holds checkpoints."""
     path = Path(directory).absolute()
     wrong = f"--checkpoint: expected a folder for checkpoints, got {directory!r}"
+    if not directory:  # Path("") is the current folder.
+        refuse(wrong)
     try:
         path.mkdir(parents=True, exist_ok=True)
         # A run that is killed while it saves for the first time leaves such a name.
@@ -212,8 +216,14 @@ def settings(args):
     return {name: getattr(args, name) for name in names}
 
 
+def checksum(state):
+    """Orbax notices damaged files, but not damaged numbers in them."""
+    return zlib.crc32(b"".join(np.asarray(a).tobytes() for a in jax.tree.leaves(state)))
+
+
 def save(manager, state, history, args):
     progress = {"settings": settings(args), "history": history}
+    progress["checksum"] = checksum(state)
     items = ocp.args.Composite(
         state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)
     )
@@ -225,26 +235,46 @@ def restore(manager, state, args):
     epoch = manager.latest_step()
     if epoch is None:
         return state, []
-    read_progress = ocp.args.Composite(progress=ocp.args.JsonRestore())
-    read_state = ocp.args.Composite(state=ocp.args.StandardRestore(state))
+    progress = read(manager, epoch, "progress", ocp.args.JsonRestore())
+    if not isinstance(progress, dict) or set(progress) != {
+        "settings",
+        "history",
+        "checksum",
+    }:
+        refuse_checkpoint(manager, epoch, "it is not one of them")
+    refuse_another_run(args, progress["settings"], epoch, manager.directory)
+    state = read(manager, epoch, "state", ocp.args.StandardRestore(state))
+    if checksum(state) != progress["checksum"]:
+        refuse_checkpoint(manager, epoch, "its numbers have changed")
+    return state, progress["history"]
+
+
+def read(manager, epoch, name, how):
+    """One item of a checkpoint; a file that is damaged is refused."""
+    # What fails is raised here, but until the program ends threads of Orbax print
+    # tracebacks of it as well: give them nothing to print on.
+    stderr, sys.stderr = sys.stderr, io.StringIO()
     try:
-        progress = manager.restore(epoch, args=read_progress)["progress"]
-        refuse_another_run(args, progress["settings"], epoch, manager.directory)
-        return manager.restore(epoch, args=read_state)["state"], progress["history"]
+        item = manager.restore(epoch, args=ocp.args.Composite(**{name: how}))[name]
     except Exception as error:  # A damaged file can raise anything.
-        refuse(
-            "--checkpoint: expected checkpoints of this program, got"
-            f" {str(manager.directory / str(epoch))!r}, which cannot be restored:"
-            f" {textwrap.shorten(str(error), 160)}"
-        )
+        refuse_checkpoint(manager, epoch, textwrap.shorten(str(error), 160))
+    sys.stderr = stderr
+    return item
+
+
+def refuse_checkpoint(manager, epoch, reason) -> NoReturn:
+    refuse(
+        "--checkpoint: expected checkpoints of this program, got"
+        f" {str(manager.directory / str(epoch))!r}: {reason}"
+    )
 
 
 def refuse_another_run(args, saved, epoch, directory):
     given = settings(args)
     for name in given:
-        if given[name] != saved[name]:
+        if given[name] != saved.get(name):
             refuse(
-                f"--{name.replace('_', '-')}: expected {saved[name]}, as in the run"
+                f"--{name.replace('_', '-')}: expected {saved.get(name)}, as in the run"
                 f" saved in {str(directory)!r}, got {given[name]}"
             )
     if args.epochs < epoch:
@@ -388,7 +418,7 @@ def draw_mistakes(figure, images, labels, logits, shown=8):
 def refuse(message) -> NoReturn:
     """End the program with one line on stderr and the status of a wrong command."""
     line = " ".join(f"train_digits.py: error: {message}".split())
-    print(line, file=sys.stderr)
+    print(line, file=sys.__stderr__)
     raise SystemExit(2)
 
 
@@ -458,12 +488,12 @@ def judge(console, apply, params, images, labels, history, plot):
 
 def main():
     args = parse_arguments()
-    logging.disable(logging.WARNING)  # Orbax reports each of its steps.
+    logging.disable()  # Orbax logs each of its steps; what fails is raised.
+    manager = None if args.checkpoint is None else open_checkpoints(args.checkpoint)
     classifier = linen_classifier if args.linen else nnx_classifier
     params, apply = classifier(args.hidden, args.seed)
     optimizer = make_optimizer(TRAINING_IMAGES // args.batch_size)
     state, history = {"params": params, "opt_state": optimizer.init(params)}, []
-    manager = None if args.checkpoint is None else open_checkpoints(args.checkpoint)
     if manager:
         state, history = restore(manager, state, args)
 

@@ -34,7 +34,7 @@ def leading_axes(draw, most_rows=2000):
     return tuple(sizes)
 
 
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(
     leading=leading_axes(),
     in_features=st.integers(0, 17),
