@@ -404,7 +404,8 @@ def draw_mistakes(figure, images, labels, logits, shown=8):
     if len(wrong) > shown:
         title += f", the surest {shown} here"
     figure.suptitle(title)
-    panels = figure.subplots(1, shown)
+    wrong = wrong[:shown]
+    panels = figure.subplots(1, max(len(wrong), 1), squeeze=False)[0]
     for axes in panels:
         axes.set_axis_off()
     for axes, i in zip(panels, wrong, strict=False):
