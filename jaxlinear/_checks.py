@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding, SingleDeviceSharding
 
+from jaxlinear._types import accumulator
+
 Placement = jax.Device | Sharding
 """Where parameters are created: on one device, or split over several."""
 
@@ -66,6 +68,17 @@ def compute_dtype(dtype, *arrays):
     if jnp.issubdtype(dtype, jnp.floating) and any(map(jnp.iscomplexobj, arrays)):
         raise TypeError(f"`dtype` must be complex for complex arguments, got {dtype}")
     return dtype
+
+
+def checked_reduce_dtype(reduce_dtype, dtype):
+    """``reduce_dtype`` as a NumPy dtype, or None for None."""
+    if reduce_dtype is None:
+        return None
+    checked = checked_dtype("reduce_dtype", reduce_dtype)
+    if checked not in (dtype, accumulator(dtype)):
+        allowed = " or ".join(dict.fromkeys(map(str, (dtype, accumulator(dtype)))))
+        raise TypeError(f"`reduce_dtype` must be {allowed}, got {checked}")
+    return checked
 
 
 def checked_features(name, count):

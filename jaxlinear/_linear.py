@@ -8,26 +8,33 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxlinear._checks import check_shapes, checked_array, compute_dtype
+from jaxlinear._checks import (
+    check_shapes,
+    checked_array,
+    checked_reduce_dtype,
+    compute_dtype,
+)
+from jaxlinear._plain import in_plain_autodiff, plain_linear
 from jaxlinear._products import (
     bias_gradient,
     forward_product,
     input_gradient,
     weight_gradient,
 )
-from jaxlinear._types import ArrayType, cotangent_type, vary_together
+from jaxlinear._types import cotangent_type, output_type, vary_together
 
 
-@partial(jax.jit, static_argnames=("dtype", "out_sharding"))
 def linear(
     x: ArrayLike,
     weight: ArrayLike,
     bias: ArrayLike | None = None,
     *,
     dtype: DTypeLike | None = None,
+    reduce_dtype: DTypeLike | None = None,
     out_sharding: NamedSharding | PartitionSpec | None = None,
 ) -> jax.Array:
     """Apply a linear layer to the last axis of ``x``: Y = X Wᵀ + B.
@@ -45,8 +52,11 @@ def linear(
     accumulated in at least float32 and rounded once: Y to ``dtype``, each gradient
     to the dtype of its own argument. With float32 weights and ``dtype=bfloat16``
     the weight gradient therefore never passes through bfloat16. Reverse mode of any
-    order is supported, and forward mode of a gradient (``jax.hessian``); JAX refuses
-    forward mode of the layer itself.
+    order is supported, and forward mode of a gradient (``jax.hessian``); forward mode
+    of the layer itself needs :func:`jaxlinear.plain_autodiff`.
+
+    The function is jitted. Its result has the checkpoint name ``"linear"``; the policy
+    :func:`jaxlinear.save_linear_outputs` saves it.
 
     Args:
       x: input, with at least one axis. Integers are promoted as in ``jax.numpy``.
@@ -54,6 +64,13 @@ def linear(
       bias: vector (out,), or None. It is added before Y is rounded.
       dtype: floating or complex dtype of the product's operands and of the result.
         Default: the promoted dtype of the arguments.
+      reduce_dtype: dtype in which the products leave their accumulator, so the one in
+        which partial sums are added across devices: ``dtype``, or its accumulator
+        (float32 for bfloat16). Default: the dtype of each result, or the accumulator's
+        where another rounding would follow: for a gradient of another dtype than
+        ``dtype``, and for Y with a bias. With float32 weights and ``dtype=bfloat16``,
+        ``reduce_dtype=bfloat16`` halves the bytes that data parallelism sends, and
+        rounds the weight gradient to bfloat16. The bias gradient stays as it is.
       out_sharding: sharding of the result on a mesh with explicit axes, as in
         :func:`jax.lax.dot_general`.
 
@@ -62,8 +79,9 @@ def linear(
 
     Raises:
       ValueError: if the shapes are not those above.
-      TypeError: if an argument is no array, or ``dtype`` is neither floating nor
-        complex, or is real while an argument is complex.
+      TypeError: if an argument is no array, ``dtype`` is neither floating nor complex,
+        or is real while an argument is complex, or ``reduce_dtype`` is neither
+        ``dtype`` nor its accumulator.
 
     The formulas are those of ``torch.nn.Linear``:
     https://docs.pytorch.org/docs/stable/generated/torch.nn.Linear.html
@@ -77,12 +95,32 @@ def linear(
       Array([[8., 8., 8.],
              [8., 8., 8.]], dtype=float32)
     """
+    # Not jitted there: libraries that replace `lax.dot_general` must see every call.
+    apply = _apply if in_plain_autodiff() else _jitted_apply
+    return apply(x, weight, bias, dtype, reduce_dtype, out_sharding)
+
+
+def _apply(x, weight, bias, dtype, reduce_dtype, out_sharding):
     x, weight = checked_array("x", x), checked_array("weight", weight)
     bias = None if bias is None else checked_array("bias", bias)
     check_shapes(x, weight, bias)
-    Y_type = ArrayType(compute_dtype(dtype, x, weight, bias), out_sharding)
-    operands = vary_together(x, weight, bias)
-    return _linear(*operands, Y_type, tuple(map(cotangent_type, operands)))
+    dtype = compute_dtype(dtype, x, weight, bias)
+    reduce_dtype = checked_reduce_dtype(reduce_dtype, dtype)
+    if in_plain_autodiff():
+        Y = plain_linear(x, weight, bias, dtype, out_sharding)
+    else:
+        operands = vary_together(x, weight, bias)
+        Y_type = output_type(dtype, reduce_dtype, bias, out_sharding)
+        types = tuple(cotangent_type(a, dtype, reduce_dtype) for a in operands)
+        Y = _linear(*operands, Y_type, types)
+    return checkpoint_name(Y, "linear")
+
+
+_jitted_apply = jax.jit(_apply, static_argnums=(3, 4, 5))
+
+save_linear_outputs = jax.checkpoint_policies.save_only_these_names("linear")
+"""A policy for ``jax.checkpoint`` that saves the result of every ``linear``, so that the
+backward pass runs no forward product again, and recomputes everything else."""
 
 
 # The op: Y = X Wᵀ + B. The operands are cast inside it, so that the rule below

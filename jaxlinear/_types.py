@@ -11,22 +11,45 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class ArrayType:
-    """A dtype, and a sharding where the mesh has explicit axes."""
+    """What a product must return, and how it gets there.
+
+    ``reduce_dtype`` is the dtype in which the product leaves its accumulator, and so
+    the one in which XLA adds the partial sums of several devices. ``sharding`` is None
+    where the mesh has no explicit axes.
+    """
 
     dtype: jnp.dtype
+    reduce_dtype: jnp.dtype
     sharding: NamedSharding | PartitionSpec | None
 
 
-def cotangent_type(primal):
+def accumulator(dtype):
+    """The dtype in which sums of ``dtype`` are accumulated: float32 at least."""
+    return jnp.dtype("float32") if jnp.finfo(dtype).bits < 32 else dtype
+
+
+def output_type(compute_dtype, reduce_dtype, bias, out_sharding):
+    """The type of Y. The bias is added before Y is rounded."""
+    default = compute_dtype if bias is None else accumulator(compute_dtype)
+    return ArrayType(compute_dtype, reduce_dtype or default, out_sharding)
+
+
+def cotangent_type(primal, compute_dtype, reduce_dtype):
     """The type that the cotangent of ``primal`` must have; None for None."""
     if primal is None:
         return None
     aval = jax.typeof(primal).to_ct_aval()
+    # A product rounds once: in its accumulator, where it has the dtype of the result.
+    same = aval.dtype == compute_dtype
+    reduce_dtype = reduce_dtype or (
+        compute_dtype if same else accumulator(compute_dtype)
+    )
     mesh, spec = aval.sharding.mesh, aval.sharding.spec
     if mesh.empty:  # An array made before the mesh was set is replicated over it.
         mesh = jax.sharding.get_abstract_mesh()
     explicit = AxisType.Explicit in mesh.axis_types
-    return ArrayType(aval.dtype, NamedSharding(mesh, spec) if explicit else None)
+    sharding = NamedSharding(mesh, spec) if explicit else None
+    return ArrayType(aval.dtype, reduce_dtype, sharding)
 
 
 def round_to(dtype, cotangent):

@@ -249,7 +249,7 @@ def test_export_for_every_platform_with_a_symbolic_batch(dtype):
 
 def test_gradient_of_an_exported_function_is_ours():
     x, weight, bias, cotangent = random_problem((5,), 4, 3, "float32")
-    exported = export.export(linear)(x, weight, bias)
+    exported = export.export(jax.jit(linear))(x, weight, bias)
     restored = export.deserialize(exported.serialize(vjp_order=1))
     _, vjp = jax.vjp(restored.call, x, weight, bias)
     _, reference = jax.vjp(linear, x, weight, bias)
@@ -260,8 +260,9 @@ def test_gradient_of_an_exported_function_is_ours():
 def test_shapes_and_programs_ahead_of_time():
     arguments = random_problem((2, 5), 4, 3, "float32")[:3]
     assert jax.eval_shape(linear, *arguments).shape == (2, 5, 3)
-    compiled = linear.lower(*arguments, dtype="bfloat16").compile()
-    expected = linear(*arguments, dtype="bfloat16")
+    in_bfloat16 = functools.partial(linear, dtype="bfloat16")
+    compiled = jax.jit(in_bfloat16).lower(*arguments).compile()
+    expected = in_bfloat16(*arguments)
     np.testing.assert_array_equal(compiled(*arguments), expected)
 
 
@@ -271,12 +272,50 @@ def test_forward_mode_of_the_layer_itself_is_refused_by_jax():
         jax.jvp(lambda w: linear(x, w), (weight,), (weight,))
 
 
-def test_accelerators_multiply_in_bfloat16_and_the_cpu_in_float32():
-    x, weight, bias, _ = random_problem((5,), 4, 3, "bfloat16")
-    for platform, operands in {"cpu": "f32", "tpu": "bf16", "cuda": "bf16"}.items():
-        lowered = linear.trace(x, weight, bias).lower(lowering_platforms=(platform,))
-        (product,) = re.findall(r"stablehlo.dot_general.* : (.*)", lowered.as_text())
-        expected = (
-            f"(tensor<5x4x{operands}>, tensor<3x4x{operands}>) -> tensor<5x3xf32>"
-        )
-        assert product == expected
+def product_types(function, *arguments, platform):
+    lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,))
+    products = re.findall(
+        r"stablehlo.dot_general.*: \(tensor<\S*x(\w+)>, tensor<\S*x(\w+)>\)"
+        r" -> tensor<\S*x(\w+)>",
+        lowered.as_text(),
+    )
+    return [" ".join(types) for types in products]
+
+
+# dtype of x and weight, with a bias, reduce_dtype: operands and result of the forward
+# product, the input gradient and the weight gradient
+PRODUCTS = {
+    ("bfloat16", "bfloat16", True, None): ["f32", "bf16", "bf16"],
+    ("bfloat16", "bfloat16", False, None): ["bf16", "bf16", "bf16"],
+    ("bfloat16", "float32", True, None): ["f32", "bf16", "f32"],
+    ("float32", "float32", False, None): ["bf16", "f32", "f32"],
+    ("float32", "float32", True, "bfloat16"): ["bf16", "bf16", "bf16"],
+    ("bfloat16", "bfloat16", False, "float32"): ["f32", "f32", "f32"],
+}
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda", "rocm"])
+@pytest.mark.parametrize("case", PRODUCTS, ids=str)
+def test_accelerators_multiply_in_bfloat16_and_round_once(case, platform):
+    x_dtype, parameter_dtype, has_bias, reduce_dtype = case
+    x, _, _, cotangent = random_problem((5,), 4, 3, x_dtype)
+    _, weight, bias, _ = random_problem((5,), 4, 3, parameter_dtype)
+    parameters = (weight, bias) if has_bias else (weight,)
+
+    def gradients(x, *parameters):
+        layer = functools.partial(linear, dtype="bfloat16", reduce_dtype=reduce_dtype)
+        Y, vjp = jax.vjp(layer, x, *parameters)
+        return Y, vjp(cotangent.astype("bfloat16"))
+
+    types = product_types(gradients, x, *parameters, platform=platform)
+    assert types == [f"bf16 bf16 {result}" for result in PRODUCTS[case]]
+
+
+@pytest.mark.parametrize("reduce_dtype", ["bfloat16", "float32"])
+def test_weight_gradient_is_rounded_to_the_dtype_in_which_it_is_reduced(reduce_dtype):
+    x, weight, _, cotangent = random_problem((64,), 8, 4, "float32")
+    layer = functools.partial(linear, x, dtype="bfloat16", reduce_dtype=reduce_dtype)
+    (gradient,) = jax.vjp(layer, weight)[1](cotangent.astype("bfloat16"))
+    rounded = gradient.astype("bfloat16").astype("float32")
+    assert gradient.dtype == "float32"
+    assert bool(jnp.all(gradient == rounded)) is (reduce_dtype == "bfloat16")

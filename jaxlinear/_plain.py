@@ -1,0 +1,55 @@
+"""The naive formula, for what JAX or a library cannot do with a custom VJP."""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# A context that is part of the key of JAX's caches: a function that is called on both
+# sides of the switch is traced once for each.
+_in_plain_autodiff = jax.make_user_context(default_value=False)
+
+
+@contextlib.contextmanager
+def plain_autodiff() -> Iterator[None]:
+    """A context in which ``linear`` is the naive formula, differentiated by autodiff.
+
+    It makes forward mode work through every layer of a model, without a change to the
+    model: ``jax.jvp``, ``linearize``, ``jacfwd``, ``hessian`` and reverse over forward.
+    Quantizers and curvature libraries, which look for plain products, find them: inside
+    the context ``linear`` is not jitted, and its product is one ``lax.dot_general``.
+
+    What is computed is then what the naive formula computes: Y is rounded before the
+    bias is added and again afterwards, and parameter gradients have the accuracy of the
+    compute dtype.
+
+    The setting belongs to the thread and to the call: functions returned by
+    ``jax.vjp``, ``jax.linearize`` or ``jax.jit(f).lower(...).compile()`` keep the one
+    under which they were made. Threads start outside. Contexts may be nested and left
+    by an exception; the object may also be used as a decorator.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxlinear
+      >>> x, weight = jnp.ones(3), jnp.ones((2, 3))
+      >>> with jaxlinear.plain_autodiff():
+      ...     jax.jvp(lambda x: jaxlinear.linear(x, weight), (x,), (x,))[1]
+      Array([3., 3.], dtype=float32)
+    """
+    with _in_plain_autodiff(True):
+        yield
+
+
+def in_plain_autodiff():
+    return _in_plain_autodiff.value
+
+
+def plain_linear(x, weight, bias, dtype, out_sharding):
+    """X Wᵀ + B, with nothing around it that hides it."""
+    X, W = x.astype(dtype), weight.astype(dtype)
+    contracted = ((X.ndim - 1,), (1,))
+    Y = lax.dot_general(X, W, (contracted, ((), ())), out_sharding=out_sharding)
+    if bias is not None:
+        Y += jnp.expand_dims(bias.astype(dtype), range(Y.ndim - 1))
+    return Y
