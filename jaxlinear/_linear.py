@@ -25,7 +25,12 @@ from jaxlinear._products import (
     input_gradient,
     weight_gradient,
 )
-from jaxlinear._types import cotangent_type, output_type, vary_together
+from jaxlinear._types import (
+    cotangent_type,
+    is_traced_with_explicit_axes,
+    output_type,
+    vary_together,
+)
 
 
 def linear(
@@ -95,8 +100,11 @@ def linear(
       Array([[8., 8., 8.],
              [8., 8., 8.]], dtype=float32)
     """
-    # Not jitted there: libraries that replace `lax.dot_general` must see every call.
-    apply = _apply if in_plain_autodiff() else _jitted_apply
+    # Not jitted in the switch: libraries that replace `lax.dot_general` must see every
+    # call. Nor inside a program with explicit axes: XLA would gather a sharded weight
+    # for the forward pass and again for the backward (tests/test_collectives.py).
+    bare = in_plain_autodiff() or is_traced_with_explicit_axes(weight)
+    apply = _apply if bare else _jitted_apply
     return apply(x, weight, bias, dtype, reduce_dtype, out_sharding)
 
 
@@ -107,20 +115,18 @@ def _apply(x, weight, bias, dtype, reduce_dtype, out_sharding):
     dtype = compute_dtype(dtype, x, weight, bias)
     reduce_dtype = checked_reduce_dtype(reduce_dtype, dtype)
     if in_plain_autodiff():
-        Y = plain_linear(x, weight, bias, dtype, out_sharding)
-    else:
-        operands = vary_together(x, weight, bias)
-        Y_type = output_type(dtype, reduce_dtype, bias, out_sharding)
-        types = tuple(cotangent_type(a, dtype, reduce_dtype) for a in operands)
-        Y = _linear(*operands, Y_type, types)
-    return checkpoint_name(Y, "linear")
+        return plain_linear(x, weight, bias, dtype, out_sharding)
+    operands = vary_together(x, weight, bias)
+    Y_type = output_type(dtype, reduce_dtype, bias, out_sharding)
+    types = tuple(cotangent_type(a, dtype, reduce_dtype) for a in operands)
+    return checkpoint_name(_linear(*operands, Y_type, types), "linear")
 
 
 _jitted_apply = jax.jit(_apply, static_argnums=(3, 4, 5))
 
 save_linear_outputs = jax.checkpoint_policies.save_only_these_names("linear")
-"""A policy for ``jax.checkpoint`` that saves the result of every ``linear``, so that the
-backward pass runs no forward product again, and recomputes everything else."""
+"""A policy for ``jax.checkpoint``: save the result of every ``linear``, so that the
+backward pass runs no forward product again, and recompute everything else."""
 
 
 # The op: Y = X Wᵀ + B. The operands are cast inside it, so that the rule below

@@ -18,12 +18,13 @@ def plain_autodiff() -> Iterator[None]:
 
     It makes forward mode work through every layer of a model, without a change to the
     model: ``jax.jvp``, ``linearize``, ``jacfwd``, ``hessian`` and reverse over forward.
-    Quantizers and curvature libraries, which look for plain products, find them: inside
+    Quantizers and curvature libraries that look for plain products find them: inside
     the context ``linear`` is not jitted, and its product is one ``lax.dot_general``.
 
     What is computed is then what the naive formula computes: Y is rounded before the
     bias is added and again afterwards, and parameter gradients have the accuracy of the
-    compute dtype.
+    compute dtype. ``reduce_dtype`` is checked and not used, and the result has no
+    checkpoint name, which JAX cannot transpose.
 
     The setting belongs to the thread and to the call: functions returned by
     ``jax.vjp``, ``jax.linearize`` or ``jax.jit(f).lower(...).compile()`` keep the one
@@ -47,9 +48,13 @@ def in_plain_autodiff():
 
 def plain_linear(x, weight, bias, dtype, out_sharding):
     """X Wᵀ + B, with nothing around it that hides it."""
-    X, W = x.astype(dtype), weight.astype(dtype)
-    contracted = ((X.ndim - 1,), (1,))
-    Y = lax.dot_general(X, W, (contracted, ((), ())), out_sharding=out_sharding)
+    # The spelling of Flax, for what is put in the place of these functions: a weight that
+    # Qwix has quantized has no working `astype`, and the `dot_general` of AQT requires
+    # `precision` and does not know `out_sharding`.
+    X, W = jnp.asarray(x, dtype), jnp.asarray(weight, dtype)
+    dimensions = ((X.ndim - 1,), (1,)), ((), ())
+    sharding = {} if out_sharding is None else {"out_sharding": out_sharding}
+    Y = lax.dot_general(X, W, dimensions, precision=None, **sharding)
     if bias is not None:
         Y += jnp.expand_dims(bias.astype(dtype), range(Y.ndim - 1))
     return Y

@@ -66,7 +66,7 @@ def _product(a, b, contracted_axes, result_type):
 
 
 def _fenced(product):
-    """``product`` of low-precision operands, as XLA's CPU backend runs it fast and safely.
+    """``product`` of low-precision operands, fast and safe on XLA's CPU backend.
 
     With a float32 result it is faster than with one of the operands' dtype, but fails
     when it runs where XLA has folded a transpose into it. The barrier keeps out those

@@ -23,6 +23,16 @@ class ArrayType:
     sharding: NamedSharding | PartitionSpec | None
 
 
+def is_traced_with_explicit_axes(array):
+    return isinstance(array, jax.core.Tracer) and _has_explicit_axes(
+        jax.typeof(array).sharding.mesh
+    )
+
+
+def _has_explicit_axes(mesh):
+    return AxisType.Explicit in mesh.axis_types
+
+
 def accumulator(dtype):
     """The dtype in which sums of ``dtype`` are accumulated: float32 at least."""
     return jnp.dtype("float32") if jnp.finfo(dtype).bits < 32 else dtype
@@ -47,8 +57,7 @@ def cotangent_type(primal, compute_dtype, reduce_dtype):
     mesh, spec = aval.sharding.mesh, aval.sharding.spec
     if mesh.empty:  # An array made before the mesh was set is replicated over it.
         mesh = jax.sharding.get_abstract_mesh()
-    explicit = AxisType.Explicit in mesh.axis_types
-    sharding = NamedSharding(mesh, spec) if explicit else None
+    sharding = NamedSharding(mesh, spec) if _has_explicit_axes(mesh) else None
     return ArrayType(aval.dtype, reduce_dtype, sharding)
 
 

@@ -31,6 +31,8 @@ class Linear(nn.Module):
       use_bias: whether there is a bias.
       dtype: dtype of the computation and of the output. Default: the promoted dtype of
         the input and the parameters.
+      reduce_dtype: dtype in which partial sums are added across devices, as in
+        :func:`jaxlinear.linear`.
       param_dtype: dtype of the parameters.
       weight_init: initializer of the weight, ``init(key, shape, dtype)``; wrap it in
         ``nn.with_partitioning`` to name the weight's axes.
@@ -49,6 +51,7 @@ class Linear(nn.Module):
     out_features: int
     use_bias: bool = True
     dtype: DTypeLike | None = None
+    reduce_dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     weight_init: nn.initializers.Initializer | None = None
     bias_init: nn.initializers.Initializer | None = None
@@ -92,4 +95,11 @@ class Linear(nn.Module):
                 self.bias_init or uniform(in_features), bias_sharding(sharding)
             )
             bias = self.param("bias", init, (out_features,), param_dtype)
-        return linear(x, weight, bias, dtype=dtype, out_sharding=out_sharding)
+        return linear(
+            x,
+            weight,
+            bias,
+            dtype=dtype,
+            reduce_dtype=self.reduce_dtype,
+            out_sharding=out_sharding,
+        )

@@ -33,6 +33,8 @@ class Linear(nnx.Module):
       use_bias: whether there is a bias.
       dtype: dtype of the computation and of the output. Default: the promoted dtype of
         the input and the parameters.
+      reduce_dtype: dtype in which partial sums are added across devices, as in
+        :func:`jaxlinear.linear`.
       param_dtype: dtype of the parameters.
       weight_init: initializer of the weight, ``init(key, shape, dtype)``.
       bias_init: initializer of the bias.
@@ -64,6 +66,7 @@ class Linear(nnx.Module):
         *,
         use_bias: bool = True,
         dtype: DTypeLike | None = None,
+        reduce_dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         weight_init: nnx.Initializer | None = None,
         bias_init: nnx.Initializer | None = None,
@@ -76,6 +79,11 @@ class Linear(nnx.Module):
         self.out_features = checked_features("out_features", out_features)
         self.use_bias = use_bias
         self.dtype = None if dtype is None else checked_dtype("dtype", dtype)
+        self.reduce_dtype = (
+            None
+            if reduce_dtype is None
+            else checked_dtype("reduce_dtype", reduce_dtype)
+        )
         self.param_dtype = checked_dtype("param_dtype", param_dtype)
         sharding = checked_sharding("device", device)
 
@@ -107,5 +115,10 @@ class Linear(nnx.Module):
         """
         bias = None if self.bias is None else self.bias[...]
         return linear(
-            x, self.weight[...], bias, dtype=self.dtype, out_sharding=out_sharding
+            x,
+            self.weight[...],
+            bias,
+            dtype=self.dtype,
+            reduce_dtype=self.reduce_dtype,
+            out_sharding=out_sharding,
         )

@@ -1,0 +1,72 @@
+"""The columns: the same layer written in seven ways, each a function of its arrays."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from oracle import naive
+
+import jaxlinear.linen
+import jaxlinear.nnx
+
+
+@jax.custom_vjp
+def _plain_rule(x, weight, bias):
+    return naive(x, weight, bias)
+
+
+def _plain_forward(x, weight, bias):
+    return naive(x, weight, bias), (x, weight, bias is None)
+
+
+def _plain_backward(residuals, G):
+    x, weight, no_bias = residuals
+    leading = tuple(range(G.ndim - 1))
+    grad_weight = jnp.tensordot(G, x, (leading, leading))
+    return G @ weight, grad_weight, None if no_bias else G.sum(leading)
+
+
+_plain_rule.defvjp(_plain_forward, _plain_backward)
+
+
+def plain_custom_vjp(x, weight, bias=None, dtype=None, out_sharding=None):
+    """The rule as tutorials write it: no `out_sharding`, and the casts outside."""
+    arrays = (x, weight, bias)
+    if dtype is not None:
+        arrays = jax.tree.map(lambda a: a.astype(dtype), arrays)
+    return _plain_rule(*arrays)
+
+
+def in_nnx(module_type, x, weight, bias=None, dtype=None, out_sharding=None):
+    options = {"use_bias": bias is not None, "dtype": dtype}
+    module = nnx.eval_shape(
+        lambda: module_type(*weight.shape[::-1], rngs=nnx.Rngs(0), **options)
+    )
+    if module_type is nnx.Linear:
+        module.kernel = nnx.Param(weight.T)
+    else:
+        module.weight = nnx.Param(weight)
+    if bias is not None:
+        module.bias = nnx.Param(bias)
+    return module(x, out_sharding=out_sharding)
+
+
+def in_linen(x, weight, bias=None, dtype=None, out_sharding=None):
+    module = jaxlinear.linen.Linear(weight.shape[0], bias is not None, dtype)
+    params = {"weight": weight} | ({} if bias is None else {"bias": bias})
+    return module.apply({"params": params}, x, out_sharding)
+
+
+OURS = {
+    "`linear`": jaxlinear.linear,
+    "`linear`, bfloat16": functools.partial(jaxlinear.linear, dtype="bfloat16"),
+    "our `nnx.Linear`": functools.partial(in_nnx, jaxlinear.nnx.Linear),
+    "our `linen.Linear`": in_linen,
+}
+PEERS = {
+    "`x @ w.T + b`": naive,
+    "Flax's `nnx.Linear`": functools.partial(in_nnx, nnx.Linear),
+    "plain `custom_vjp`": plain_custom_vjp,
+}
+LAYERS = OURS | PEERS

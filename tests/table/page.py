@@ -1,0 +1,50 @@
+"""The table as a page, one for each version of JAX."""
+
+import pathlib
+
+import flax
+import jax
+from table.layers import LAYERS
+from table.measure import TOPICS, rows_of
+
+PAGE = pathlib.Path(__file__).with_name(f"jax-{jax.__version__}.md")
+
+
+def in_words(row):
+    return row.replace("_", " ")
+
+
+def _line(*cells):
+    return "| " + " | ".join(cells) + " |\n"
+
+
+def text(cells):
+    """The page, of the cells of each row in the order of ``LAYERS``."""
+    page = f"# JAX {jax.__version__}, Flax {flax.__version__}\n\n"
+    page += (
+        "Written by `cd tests && python -m table`. ✓: the values are right; (switch):"
+    )
+    page += " inside `jaxlinear.plain_autodiff()`; ✗: what was raised.\n"
+    for topic, module in TOPICS.items():
+        page += f"\n## {topic}\n\n"
+        page += _line("", *LAYERS) + _line("---", *("---" for _ in LAYERS))
+        for row in rows_of(module):
+            page += _line(in_words(row.__name__), *cells[row.__name__])
+    return page
+
+
+def recorded():
+    """The cells of the page, by row and column; none without a page for this JAX."""
+    if not PAGE.exists():
+        return {}
+    lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in PAGE.read_text().splitlines()
+        if line.startswith("| ")
+    ]
+    return {
+        (row, column): cell
+        for row, *cells in lines
+        for column, cell in zip(LAYERS, cells, strict=True)
+        if row and row != "---"
+    }

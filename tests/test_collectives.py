@@ -1,0 +1,131 @@
+"""Compiled for eight devices: the collectives of the naive formula, no more."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from oracle import naive
+
+from jaxlinear import linear
+
+BATCH, LENGTH, IN, OUT = 16, 32, 64, 128
+
+# name: specs of x, weight, bias and the output
+LAYOUTS = {
+    "replicated": (P(), P(), P(), P()),
+    "data": (P("data"), P(), P(), P("data")),
+    "column": (P("data"), P("model"), P("model"), P("data", None, "model")),
+    "row": (P("data", None, "model"), P(None, "model"), P(), P("data")),
+    "fsdp over the input features": (P("data"), P(None, "data"), P(), P("data")),
+    "fsdp over the output features": (P("data"), P("data"), P(), P("data")),
+    "fsdp and column": (
+        P("data"),
+        P("model", "data"),
+        P("model"),
+        P("data", None, "model"),
+    ),
+    "sequence": (P("data", "model"), P("model"), P("model"), P("data", None, "model")),
+}
+# name: dtype of x, dtype of the parameters, compute dtype
+DTYPES = {
+    "float32": ("float32", "float32", None),
+    "bfloat16": ("bfloat16", "bfloat16", None),
+    "mixed": ("float32", "float32", "bfloat16"),
+    "mixed with bfloat16 input": ("bfloat16", "float32", "bfloat16"),
+}
+BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4}
+
+
+def collectives(compiled):
+    """Kind and bytes of the result of each array that a collective moves, sorted.
+
+    A collective may move several arrays at once, and may be split in start and done.
+    """
+    kinds = r"all-gather|all-reduce|reduce-scatter|all-to-all|collective-\w+?"
+    operation = rf"= (.*?) ({kinds})(?:-start)?\("
+    found = []
+    for result, kind in re.findall(operation, compiled.as_text()):
+        for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", result):
+            size = math.prod(int(n) for n in shape.split(",") if n)
+            found.append((kind, size * BYTES[dtype]))
+    return sorted(found)
+
+
+def compiled_gradients(layer, axis_type, layout, dtypes, has_bias):
+    *specs, out_spec = layout
+    x_dtype, parameter_dtype, compute_dtype = dtypes
+    axes = (axis_type,) * 2
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=axes)
+    explicit = axis_type == AxisType.Explicit
+    options = {"out_sharding": NamedSharding(mesh, out_spec)} if explicit else {}
+
+    def loss(*arrays):
+        Y = layer(*arrays, dtype=compute_dtype, **options)
+        return jnp.sum(Y.astype("float32") ** 2)
+
+    arguments = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+        for shape, dtype, spec in zip(
+            [(BATCH, LENGTH, IN), (OUT, IN), (OUT,)],
+            [x_dtype, parameter_dtype, parameter_dtype],
+            specs,
+            strict=True,
+        )
+    ][: 3 if has_bias else 2]
+    gradients = jax.value_and_grad(loss, range(len(arguments)))
+    # Each gradient where its argument is, as an optimizer needs it.
+    placed = [argument.sharding for argument in arguments]
+    out_shardings = None if explicit else (NamedSharding(mesh, P()), tuple(placed))
+    return jax.jit(gradients, out_shardings=out_shardings).lower(*arguments).compile()
+
+
+@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_collectives_are_those_of_the_naive_formula(
+    axis_type, layout, dtypes, has_bias
+):
+    ours, reference = (
+        collectives(compiled_gradients(layer, axis_type, layout, dtypes, has_bias))
+        for layer in (linear, naive)
+    )
+    assert ours == reference
+
+
+def test_collectives_are_found_in_the_program():
+    """What the tests above compare is there: the sum of the gradients, for one."""
+    program = compiled_gradients(
+        linear, AxisType.Auto, LAYOUTS["data"], DTYPES["float32"], has_bias=True
+    )
+    found = collectives(program)
+    assert ("all-reduce", OUT * IN * 4) in found
+    assert ("all-reduce", OUT * 4) in found
+
+
+@functools.cache
+def weight_gradient_reduction(reduce_dtype):
+    """The result dtype of the weight gradient's product, as a TPU is given it."""
+    layer = functools.partial(linear, dtype="bfloat16", reduce_dtype=reduce_dtype)
+    x = jax.ShapeDtypeStruct((BATCH, IN), "bfloat16")
+    weight = jax.ShapeDtypeStruct((OUT, IN), "float32")
+
+    def gradient(x, weight):
+        return jax.grad(lambda w: jnp.sum(layer(x, w).astype("float32")))(weight)
+
+    lowered = jax.jit(gradient).trace(x, weight).lower(lowering_platforms=("tpu",))
+    (dtype,) = set(
+        re.findall(rf"dot_general.*-> tensor<{OUT}x{IN}x(\w+)>", lowered.as_text())
+    )
+    return dtype
+
+
+def test_weight_gradient_is_reduced_in_its_own_dtype_or_the_one_asked_for():
+    # XLA reduces the result of the product: a cast that follows changes nothing.
+    assert weight_gradient_reduction(None) == "f32"
+    assert weight_gradient_reduction("bfloat16") == "bf16"
