@@ -48,9 +48,9 @@ def in_plain_autodiff():
 
 def plain_linear(x, weight, bias, dtype, out_sharding):
     """X Wᵀ + B, with nothing around it that hides it."""
-    # The spelling of Flax, for what is put in the place of these functions: a weight that
-    # Qwix has quantized has no working `astype`, and the `dot_general` of AQT requires
-    # `precision` and does not know `out_sharding`.
+    # The spelling of Flax, for what is put in the place of these functions: a weight
+    # that Qwix has quantized has no working `astype`, and the `dot_general` of AQT
+    # requires `precision` and does not know `out_sharding`.
     X, W = jnp.asarray(x, dtype), jnp.asarray(weight, dtype)
     dimensions = ((X.ndim - 1,), (1,)), ((), ())
     sharding = {} if out_sharding is None else {"out_sharding": out_sharding}
