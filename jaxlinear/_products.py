@@ -74,7 +74,7 @@ def _fenced(product):
     differentiates the product, the operands are widened: slower, and never fails. The
     operands of the fast form stay as they come, so that the products of the forward and
     of the backward pass share the gathered copy of a sharded one. See
-    test_transformations.py::test_transposed_gradients_in_mixed_precision.
+    tests/test_products.py and tests/test_collectives.py.
     """
 
     def widened(a, b):

@@ -1,0 +1,93 @@
+"""The products as each platform is given them: operands, result, and no failure."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from oracle import naive, random_problem, relative_error, wide
+
+from jaxlinear import linear
+
+
+@pytest.mark.caching
+@pytest.mark.parametrize("weight_axis", [None, 0, 2])
+@pytest.mark.parametrize("x_axis", [None, 0, 2])
+def test_transposed_gradients_in_mixed_precision(x_axis, weight_axis):
+    # XLA's CPU backend folds the transpose into the product, and fails when it runs one
+    # that takes bfloat16 operands and has a float32 result.
+    x, weight, _, _ = random_problem((2, 3), 8, 2, "float32")
+    if x_axis is not None:
+        x = jnp.stack([x, -x], x_axis)
+    if weight_axis is not None:
+        weight = jnp.stack([weight, 2 * weight], weight_axis)
+
+    def gradients(layer):
+        def loss(x, weight):
+            Y = layer(x, weight, dtype="bfloat16")
+            return jnp.sum(Y.astype("float32") ** 2)
+
+        def transposed(x, weight):
+            return [gradient.T for gradient in jax.grad(loss, (0, 1))(x, weight)]
+
+        axes = x_axis, weight_axis
+        return jax.jit(
+            transposed if axes == (None, None) else jax.vmap(transposed, axes)
+        )
+
+    # The two differ by their roundings, a few of half a bfloat16 eps each.
+    tolerance = 4 * float(jnp.finfo("bfloat16").eps)
+    for ours, expected in zip(
+        gradients(linear)(x, weight), gradients(naive)(x, weight), strict=True
+    ):
+        assert relative_error(ours, wide(expected)) < tolerance
+
+
+def product_types(function, *arguments, platform):
+    lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,))
+    products = re.findall(
+        r"stablehlo.dot_general.*: \(tensor<\S*x(\w+)>, tensor<\S*x(\w+)>\)"
+        r" -> tensor<\S*x(\w+)>",
+        lowered.as_text(),
+    )
+    return [" ".join(types) for types in products]
+
+
+# dtype of x and weight, with a bias, reduce_dtype: operands and result of the forward
+# product, the input gradient and the weight gradient
+PRODUCTS = {
+    ("bfloat16", "bfloat16", True, None): ["f32", "bf16", "bf16"],
+    ("bfloat16", "bfloat16", False, None): ["bf16", "bf16", "bf16"],
+    ("bfloat16", "float32", True, None): ["f32", "bf16", "f32"],
+    ("float32", "float32", False, None): ["bf16", "f32", "f32"],
+    ("float32", "float32", True, "bfloat16"): ["bf16", "bf16", "bf16"],
+    ("bfloat16", "bfloat16", False, "float32"): ["f32", "f32", "f32"],
+}
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda", "rocm"])
+@pytest.mark.parametrize("case", PRODUCTS, ids=str)
+def test_accelerators_multiply_in_bfloat16_and_round_once(case, platform):
+    x_dtype, parameter_dtype, has_bias, reduce_dtype = case
+    x, _, _, cotangent = random_problem((5,), 4, 3, x_dtype)
+    _, weight, bias, _ = random_problem((5,), 4, 3, parameter_dtype)
+    parameters = (weight, bias) if has_bias else (weight,)
+
+    def gradients(x, *parameters):
+        layer = functools.partial(linear, dtype="bfloat16", reduce_dtype=reduce_dtype)
+        Y, vjp = jax.vjp(layer, x, *parameters)
+        return Y, vjp(cotangent.astype("bfloat16"))
+
+    types = product_types(gradients, x, *parameters, platform=platform)
+    assert types == [f"bf16 bf16 {result}" for result in PRODUCTS[case]]
+
+
+@pytest.mark.parametrize("reduce_dtype", ["bfloat16", "float32"])
+def test_weight_gradient_is_rounded_to_the_dtype_in_which_it_is_reduced(reduce_dtype):
+    x, weight, _, cotangent = random_problem((64,), 8, 4, "float32")
+    layer = functools.partial(linear, x, dtype="bfloat16", reduce_dtype=reduce_dtype)
+    (gradient,) = jax.vjp(layer, weight)[1](cotangent.astype("bfloat16"))
+    rounded = gradient.astype("bfloat16").astype("float32")
+    assert gradient.dtype == "float32"
+    assert bool(jnp.all(gradient == rounded)) is (reduce_dtype == "bfloat16")
