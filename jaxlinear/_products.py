@@ -81,18 +81,19 @@ def _fenced(product):
         wide = accumulator(a.dtype)
         return product(a.astype(wide), b.astype(wide), wide)
 
-    @jax.custom_jvp
     @custom_vmap
     def fenced(a, b):
         return lax.optimization_barrier(product(a, b, accumulator(a.dtype)))
 
-    @fenced.fun.def_vmap
+    @fenced.def_vmap
     def _(axis_size, is_batched, a, b):
         axes = [0 if batched else None for batched in is_batched]
         return jax.vmap(widened, axes)(a, b), True
 
-    @fenced.defjvp
+    differentiable = jax.custom_jvp(fenced)
+
+    @differentiable.defjvp
     def _(primals, tangents):
         return jax.jvp(widened, primals, tangents)
 
-    return fenced
+    return differentiable

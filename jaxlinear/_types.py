@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
@@ -24,7 +25,7 @@ class ArrayType:
 
 
 def is_traced_with_explicit_axes(array):
-    return isinstance(array, jax.core.Tracer) and _has_explicit_axes(
+    return isinstance(array, Tracer) and _has_explicit_axes(
         jax.typeof(array).sharding.mesh
     )
 

@@ -31,14 +31,14 @@ class Linear(nn.Module):
       use_bias: whether there is a bias.
       dtype: dtype of the computation and of the output. Default: the promoted dtype of
         the input and the parameters.
-      reduce_dtype: dtype in which partial sums are added across devices, as in
-        :func:`jaxlinear.linear`.
       param_dtype: dtype of the parameters.
       weight_init: initializer of the weight, ``init(key, shape, dtype)``; wrap it in
         ``nn.with_partitioning`` to name the weight's axes.
       bias_init: initializer of the bias.
       device: a ``jax.Device`` or a ``jax.sharding.Sharding`` where the parameters are
         created. It shards the weight; the bias is sharded as the weight's first axis.
+      reduce_dtype: dtype in which partial sums are added across devices, as in
+        :func:`jaxlinear.linear`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -51,11 +51,11 @@ class Linear(nn.Module):
     out_features: int
     use_bias: bool = True
     dtype: DTypeLike | None = None
-    reduce_dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     weight_init: nn.initializers.Initializer | None = None
     bias_init: nn.initializers.Initializer | None = None
     device: Placement | None = None
+    reduce_dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(

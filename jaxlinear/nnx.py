@@ -33,9 +33,9 @@ class Linear(nnx.Module):
       use_bias: whether there is a bias.
       dtype: dtype of the computation and of the output. Default: the promoted dtype of
         the input and the parameters.
+      param_dtype: dtype of the parameters.
       reduce_dtype: dtype in which partial sums are added across devices, as in
         :func:`jaxlinear.linear`.
-      param_dtype: dtype of the parameters.
       weight_init: initializer of the weight, ``init(key, shape, dtype)``.
       bias_init: initializer of the bias.
       device: a ``jax.Device`` or a ``jax.sharding.Sharding`` where the parameters are
@@ -66,8 +66,8 @@ class Linear(nnx.Module):
         *,
         use_bias: bool = True,
         dtype: DTypeLike | None = None,
-        reduce_dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
+        reduce_dtype: DTypeLike | None = None,
         weight_init: nnx.Initializer | None = None,
         bias_init: nnx.Initializer | None = None,
         device: Placement | None = None,

@@ -40,7 +40,8 @@ def test_public_functions_and_classes_have_examples():
     # `doctest.testmod` passes where there is nothing to run.
     from jaxlinear import linen, nnx
 
-    for public in (jaxlinear.linear, nnx.Linear, linen.Linear):
+    publics = jaxlinear.linear, jaxlinear.plain_autodiff, nnx.Linear, linen.Linear
+    for public in publics:
         assert doctest.DocTestParser().get_examples(public.__doc__)
 
 
@@ -55,4 +56,8 @@ def test_importing_the_package_needs_jax_alone():
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    assert result.stdout.split() == ["linear"]
+    assert result.stdout.split() == [
+        "linear",
+        "plain_autodiff",
+        "save_linear_outputs",
+    ]

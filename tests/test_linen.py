@@ -78,6 +78,16 @@ def test_parameters_and_gradients_have_the_param_dtype_and_the_output_the_dtype(
         assert {leaf.dtype.name for leaf in jax.tree.leaves(tree)} == {"float32"}
 
 
+def test_weight_gradient_is_rounded_to_the_dtype_in_which_it_is_reduced():
+    layer = Linear(4, dtype="bfloat16", reduce_dtype="bfloat16")
+
+    def loss(variables):
+        return jnp.sum(layer.apply(variables, x()).astype("float32") ** 2)
+
+    gradient = jax.grad(loss)(initialized(layer))["params"]["weight"]
+    np.testing.assert_array_equal(gradient, gradient.astype("bfloat16"))
+
+
 def test_layer_is_used_inside_other_modules_and_under_linen_transformations():
     class Stack(nn.Module):
         @nn.compact

@@ -87,7 +87,7 @@ MUTANTS = {
         "_products.py",
         "lax.optimization_barrier(product(a, b, accumulator(a.dtype)))",
         "widened(a, b)",
-        "test_collectives.py::test_collectives_are_those_of_the_naive_formula[AxisType.Auto-fsdp over the input features-mixed-bias]",
+        "test_collectives.py::test_collectives_are_those_of_the_naive_formula[AxisType.Auto-fsdp over the input features-mixed]",
     ),
     "output without its name": (
         "_linear.py",

@@ -78,6 +78,12 @@ def test_parameters_and_gradients_have_the_param_dtype_and_the_output_the_dtype(
         assert {leaf.dtype.name for leaf in jax.tree.leaves(tree)} == {"float32"}
 
 
+def test_weight_gradient_is_rounded_to_the_dtype_in_which_it_is_reduced():
+    ours = layer(dtype="bfloat16", reduce_dtype="bfloat16")
+    gradient = nnx.grad(squares)(ours, x())["weight"][...]
+    np.testing.assert_array_equal(gradient, gradient.astype("bfloat16"))
+
+
 def test_split_merge_and_jit():
     ours = layer()
     expected = ours(x())

@@ -69,6 +69,24 @@ REFUSED = {
         TypeError,
         "`dtype` must be a floating or complex dtype, got bool",
     ),
+    "reduce_dtype of no product": (
+        (X, W, B),
+        {"dtype": "bfloat16", "reduce_dtype": "float16"},
+        TypeError,
+        "`reduce_dtype` must be bfloat16 or float32, got float16",
+    ),
+    "reduce_dtype below float32": (
+        (X, W, B),
+        {"reduce_dtype": "bfloat16"},
+        TypeError,
+        "`reduce_dtype` must be float32, got bfloat16",
+    ),
+    "integer reduce_dtype": (
+        (X, W, B),
+        {"reduce_dtype": "int8"},
+        TypeError,
+        "`reduce_dtype` must be a floating or complex dtype, got int8",
+    ),
     "no dtype": (
         (X, W, B),
         {"dtype": "float31"},
