@@ -40,7 +40,7 @@ def accumulator(dtype):
 
 
 def output_type(compute_dtype, reduce_dtype, bias, out_sharding):
-    """The type of Y. The bias is added before Y is rounded."""
+    """The type of Y, which the product rounds unless there is a bias to be added."""
     default = compute_dtype if bias is None else accumulator(compute_dtype)
     return ArrayType(compute_dtype, reduce_dtype or default, out_sharding)
 
@@ -50,16 +50,13 @@ def cotangent_type(primal, compute_dtype, reduce_dtype):
     if primal is None:
         return None
     aval = jax.typeof(primal).to_ct_aval()
-    # A product rounds once: in its accumulator, where it has the dtype of the result.
-    same = aval.dtype == compute_dtype
-    reduce_dtype = reduce_dtype or (
-        compute_dtype if same else accumulator(compute_dtype)
-    )
+    same = aval.dtype == compute_dtype  # Else the product must not round it first.
+    default = compute_dtype if same else accumulator(compute_dtype)
     mesh, spec = aval.sharding.mesh, aval.sharding.spec
     if mesh.empty:  # An array made before the mesh was set is replicated over it.
         mesh = jax.sharding.get_abstract_mesh()
     sharding = NamedSharding(mesh, spec) if _has_explicit_axes(mesh) else None
-    return ArrayType(aval.dtype, reduce_dtype, sharding)
+    return ArrayType(aval.dtype, reduce_dtype or default, sharding)
 
 
 def round_to(dtype, cotangent):
