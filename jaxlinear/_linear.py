@@ -104,11 +104,11 @@ def linear(
     # call. Nor inside a program with explicit axes: XLA would gather a sharded weight
     # for the forward pass and again for the backward (tests/test_collectives.py).
     bare = in_plain_autodiff() or is_traced_with_explicit_axes(weight)
-    apply = _apply if bare else _jitted_apply
+    apply = _checked_linear if bare else _jitted_linear
     return apply(x, weight, bias, dtype, reduce_dtype, out_sharding)
 
 
-def _apply(x, weight, bias, dtype, reduce_dtype, out_sharding):
+def _checked_linear(x, weight, bias, dtype, reduce_dtype, out_sharding):
     x, weight = checked_array("x", x), checked_array("weight", weight)
     bias = None if bias is None else checked_array("bias", bias)
     check_shapes(x, weight, bias)
@@ -122,7 +122,7 @@ def _apply(x, weight, bias, dtype, reduce_dtype, out_sharding):
     return checkpoint_name(_linear(*operands, Y_type, types), "linear")
 
 
-_jitted_apply = jax.jit(_apply, static_argnums=(3, 4, 5))
+_jitted_linear = jax.jit(_checked_linear, static_argnums=(3, 4, 5))
 
 save_linear_outputs = jax.checkpoint_policies.save_only_these_names("linear")
 """A policy for ``jax.checkpoint``: save the result of every ``linear``, so that the
