@@ -75,7 +75,8 @@ def linear(
         where another rounding would follow: for a gradient of another dtype than
         ``dtype``, and for Y with a bias. With float32 weights and ``dtype=bfloat16``,
         ``reduce_dtype=bfloat16`` halves the bytes that data parallelism sends, and
-        rounds the weight gradient to bfloat16. The bias gradient stays as it is.
+        rounds the weight gradient to bfloat16. The bias and its gradient stay as they
+        are.
       out_sharding: sharding of the result on a mesh with explicit axes, as in
         :func:`jax.lax.dot_general`.
 

@@ -1,4 +1,9 @@
-"""Compiled for eight devices: the collectives of the naive formula, no more."""
+"""Compiled for eight devices: the collectives of the naive formula, no more.
+
+On CPU XLA sends low precision as float32, so the bytes are the same whatever the dtype
+of a sum. On accelerators they follow the dtype in which a product leaves its
+accumulator: `reduce_dtype`, which tests/test_products.py looks at.
+"""
 
 import functools
 import math

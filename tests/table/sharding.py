@@ -88,6 +88,17 @@ def shard_map_unchecked(layer, *arrays):
     return jax.jit(gradients)(*arrays), jax.jit(inside)(*arrays)
 
 
+def shard_map_over_one_axis_of_two(layer, x, weight, bias):
+    """The other is left to XLA."""
+    mesh = _mesh(AxisType.Auto)
+    in_specs = P("data"), P(), P()
+    mapped = jax.shard_map(
+        layer, mesh=mesh, in_specs=in_specs, out_specs=P("data"), axis_names={"data"}
+    )
+    parameters = jax.device_put((weight, bias), NamedSharding(mesh, P("model")))
+    return jax.jit(jax.grad(loss(mapped), EVERY))(x, *parameters)
+
+
 # Automatic and explicit sharding, by the layout of x, weight and bias, and of Y.
 
 REPLICATED = P(), P(), P(), None
@@ -187,3 +198,17 @@ def explicit_sharding_of_a_reduced_weight(layer, x, weight, bias):
             return of_x, jax.reshard(of_weight, P()), of_bias
 
         return jax.jit(gradients)(x, weight, bias)
+
+
+def explicit_sharding_of_an_unreduced_output(layer, x, weight, bias):
+    """Partial sums of a row-parallel layer, added when the program asks for it."""
+    with jax.set_mesh(_mesh(AxisType.Explicit)):
+        x = jax.device_put(x, P("data", None, "model"))
+        weight = jax.device_put(weight, P(None, "model"))
+        partial_sums = P("data", None, None, unreduced={"model"})
+
+        def added(x, weight):
+            Y = layer(x, weight, out_sharding=partial_sums)
+            return jnp.sum(jax.reshard(Y, P("data")).astype(x.dtype) ** 2)
+
+        return jax.jit(jax.value_and_grad(added, (0, 1)))(x, weight)
