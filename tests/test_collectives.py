@@ -123,7 +123,6 @@ def test_collectives_are_found_in_the_program():
     assert ("all-reduce", OUT * 4) in found
 
 
-@functools.cache
 def weight_gradient_reduction(reduce_dtype):
     """The result dtype of the weight gradient's product, as a TPU is given it."""
     layer = functools.partial(linear, dtype="bfloat16", reduce_dtype=reduce_dtype)

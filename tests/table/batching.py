@@ -2,9 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from table.losses import loss
-
-EVERY = (0, 1, 2)
+from table.losses import EVERY, loss
 
 
 def _stack(a, axis=0):

@@ -2,9 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from table.losses import directions, loss
-
-EVERY = (0, 1, 2)
+from table.losses import EVERY, directions, loss
 
 
 def grad(layer, *arrays):
