@@ -7,8 +7,8 @@ accumulates in at least float32 and rounds to the type that it is given.
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_batching import custom_vmap
 
+from jaxlinear._cpu import cpu_product
 from jaxlinear._types import accumulator, round_to
 
 
@@ -44,56 +44,21 @@ def bias_gradient(G, B_type):
 
 def _product(a, b, contracted_axes, result_type):
     """The product of two arrays of one dtype, in ``result_type.reduce_dtype``."""
+    dtype, sharding = result_type.reduce_dtype, result_type.sharding
 
-    def product(a, b, dtype):
+    def plain(a, b):
         return lax.dot_general(
             a,
             b,
             (contracted_axes, ((), ())),
             preferred_element_type=dtype,
-            out_sharding=result_type.sharding,
+            out_sharding=sharding,
         )
 
-    def plain(a, b):
-        return product(a, b, result_type.reduce_dtype)
-
     def on_cpu(a, b):
-        return _fenced(product)(a, b).astype(result_type.reduce_dtype)
+        return cpu_product(a, b, contracted_axes, sharding).astype(dtype)
 
     if a.dtype == accumulator(a.dtype):
         return plain(a, b)
+    # Resolved when lowering: one exported program serves every platform.
     return lax.platform_dependent(a, b, cpu=on_cpu, default=plain)
-
-
-def _fenced(product):
-    """``product`` of low-precision operands, fast and safe on XLA's CPU backend.
-
-    With a float32 result it is faster than with one of the operands' dtype, but fails
-    when it runs where XLA has folded a transpose into it. The barrier keeps out those
-    of the result; `jax.vmap` over one operand puts one inside. There, and where JAX
-    differentiates the product, the operands are widened: slower, and never fails. The
-    operands of the fast form stay as they come, so that the products of the forward and
-    of the backward pass share the gathered copy of a sharded one. See
-    tests/test_products.py and tests/test_collectives.py.
-    """
-
-    def widened(a, b):
-        wide = accumulator(a.dtype)
-        return product(a.astype(wide), b.astype(wide), wide)
-
-    @custom_vmap
-    def fenced(a, b):
-        return lax.optimization_barrier(product(a, b, accumulator(a.dtype)))
-
-    @fenced.def_vmap
-    def _(axis_size, is_batched, a, b):
-        axes = [0 if batched else None for batched in is_batched]
-        return jax.vmap(widened, axes)(a, b), True
-
-    differentiable = jax.custom_jvp(fenced)
-
-    @differentiable.defjvp
-    def _(primals, tangents):
-        return jax.jvp(widened, primals, tangents)
-
-    return differentiable

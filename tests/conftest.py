@@ -12,7 +12,6 @@ os.environ["XLA_FLAGS"] = (
 
 import hypothesis
 import jax
-import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -21,10 +20,3 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # No deadline: an example compiles several programs.
 hypothesis.settings.register_profile("jaxlinear", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("jaxlinear")
-
-
-@pytest.fixture(autouse=True)
-def leak_checking(request):
-    """Look for leaked tracers, but in tests of JAX's caches, which this turns off."""
-    with jax.check_tracer_leaks("caching" not in request.keywords):
-        yield

@@ -48,7 +48,6 @@ def gradients(wrapped, layer):
     return jax.grad(loss, (0, 1)), jax.grad(loss, 0), jax.grad(loss, 1)
 
 
-@pytest.mark.caching
 @pytest.mark.parametrize("wrapped", [as_it_is, jax.jit, jax.checkpoint, scanned_once])
 @pytest.mark.parametrize("rows", [WIDTH, 2 * WIDTH])
 def test_gradients_do_not_depend_on_what_was_differentiated_before(rows, wrapped):

@@ -83,7 +83,6 @@ def test_qwix_trains_our_layers_quantized_inside_the_switch(qwix):
         assert differ(theirs, plain)
 
 
-@pytest.mark.caching
 @pytest.mark.parametrize("first", ["quantized", "unquantized"])
 def test_no_cache_serves_a_quantized_product_to_an_unquantized_call(qwix, first):
     ours, flax, x = same_models()

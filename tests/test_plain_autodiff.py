@@ -15,7 +15,6 @@ from jaxlinear import linear, plain_autodiff
 nnx = pytest.importorskip("flax.nnx")
 
 # The switch must not be confused by what JAX has traced before.
-pytestmark = pytest.mark.caching
 
 
 def arguments(dtype="float32"):

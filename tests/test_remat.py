@@ -11,9 +11,6 @@ from oracle import naive, random_array
 import jaxlinear
 from jaxlinear import linear
 
-# Looking for leaks turns off the caches with which these take a few seconds.
-pytestmark = pytest.mark.caching
-
 LAYERS, WIDTH, ROWS = 3, 32, 16
 BACKWARD = 2 * LAYERS  # An input and a weight gradient for each layer.
 

@@ -9,8 +9,6 @@ from table.layers import LAYERS, OURS
 from table.measure import NOT_APPLICABLE, ROWS, check, outcome
 from table.page import in_words, recorded
 
-pytestmark = pytest.mark.caching  # As users run: one row is about leak checking.
-
 RECORDED = recorded()
 MUST_PASS = [
     (row, column)

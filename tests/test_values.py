@@ -34,7 +34,6 @@ def leading_axes(draw, most_rows=2000):
     return tuple(sizes)
 
 
-@pytest.mark.caching  # Looking for leaks takes two minutes here, and others do.
 @settings(max_examples=30)
 @given(
     leading=leading_axes(),

@@ -1,0 +1,1 @@
+"""Benchmarks of the linear layer: ``python -m benchmarks --help``."""

@@ -1,0 +1,136 @@
+"""PNG plots of the results: ratio per workload, roofline, cost against rows."""
+
+import numpy as np
+from matplotlib.figure import Figure
+
+
+def draw(document, folder):
+    """Write those of the plots for which there are results; returns their paths."""
+    steps = [row for row in document["results"] if row["mode"] == "step"]
+    growth = [row for row in steps if row["workload"].startswith("growth ")]
+    table = [row for row in steps if row not in growth]
+    plots = {
+        "ratio": (ratio, table),
+        "roofline": (roofline, table),
+        "growth": (cost, growth),
+    }
+    paths = []
+    for name, (plot, rows) in plots.items():
+        if rows:
+            figure = plot(rows, document)
+            figure.text(0.01, 0.005, caption(document), fontsize=7, color="gray")
+            paths.append(folder / f"{name}.png")
+            figure.savefig(paths[-1], dpi=150)
+    return paths
+
+
+def caption(document):
+    jax_version = document["versions"]["jax"]
+    return f"{document['device']} · JAX {jax_version} · {document['date'][:10]}"
+
+
+def ratio(rows, document):
+    """Time of each library over ours, a panel for each dtype; above one we lead."""
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    workloads = list(dict.fromkeys(row["workload"] for row in rows))
+    libraries = list(dict.fromkeys(row["library"] for row in rows))[1:]
+    figure = Figure(
+        (4 * len(dtypes) + 2, 0.55 * len(workloads) + 1.8), layout="constrained"
+    )
+    axes = figure.subplots(1, len(dtypes), sharey=True, squeeze=False)[0]
+    height = 0.85 / len(libraries)
+    for ax, dtype in zip(axes, dtypes, strict=True):
+        for i, library in enumerate(libraries):
+            found = {
+                row["workload"]: row
+                for row in rows
+                if row["dtype"] == dtype and row["library"] == library
+            }
+            places = [k for k, w in enumerate(workloads) if w in found]
+            lengths = [found[workloads[k]]["ratio"] for k in places]
+            ax.barh(
+                [k + (i + 0.5) * height - 0.425 for k in places],
+                lengths,
+                height,
+                label=library,
+            )
+        ax.axvline(1, color="black", linewidth=0.8)
+        ax.set(xscale="log", title=dtype, xlabel="time / time of jaxlinear")
+        ax.set_xticks([0.5, 1, 2, 4, 8], ["0.5", "1", "2", "4", "8"])
+        ax.minorticks_off()
+    axes[0].set_yticks(range(len(workloads)), workloads)
+    axes[0].invert_yaxis()
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside upper center",
+        ncols=len(libraries),
+        fontsize=8,
+    )
+    figure.suptitle(" ")
+    return figure
+
+
+def roofline(rows, document):
+    """Achieved FLOP/s of our step against its FLOPs per byte, under the ceilings."""
+    figure = Figure((7, 4.5), layout="constrained")
+    ax = figure.subplots()
+    copy = document["ceilings"]["copy"]["bytes_per_s"]
+    ours = [row for row in rows if row["library"] == "jaxlinear"]
+    for k, dtype in enumerate(dict.fromkeys(row["dtype"] for row in ours)):
+        chosen = [row for row in ours if row["dtype"] == dtype]
+        intensity = np.array(
+            [row["flops_per_s"] / row["bytes_per_s"] for row in chosen]
+        )
+        peak = document["ceilings"][chosen[0]["compute_dtype"]]["flops_per_s"]
+        line = np.geomspace(min(0.3, intensity.min()), max(3e3, intensity.max()))
+        ax.plot(line, np.minimum(peak, line * copy) / 1e9, f"C{k}", linewidth=0.8)
+        ax.plot(
+            intensity,
+            [row["flops_per_s"] / 1e9 for row in chosen],
+            f"C{k}o",
+            label=dtype,
+        )
+    ax.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="GFLOP/s")
+    ax.set_title(
+        "Whole step under this machine's fastest product and copy", fontsize=10
+    )
+    ax.legend()
+    return figure
+
+
+def cost(rows, document):
+    """Time and memory of a step per row against the number of rows."""
+    figure = Figure((9, 4), layout="constrained")
+    time_ax, memory_ax = figure.subplots(1, 2)
+    for k, dtype in enumerate(dict.fromkeys(row["dtype"] for row in rows)):
+        for library, style in {"jaxlinear": "o-", "naive formula": "o:"}.items():
+            chosen = [
+                r for r in rows if r["dtype"] == dtype and r["library"] == library
+            ]
+            x = np.array([row["rows"] for row in chosen])
+            label = f"{dtype}, {library}"
+            time_ax.plot(
+                x,
+                [1e6 * r["median_s"] / r["rows"] for r in chosen],
+                f"C{k}{style}",
+                label=label,
+                markersize=3,
+            )
+            memory_ax.plot(
+                x,
+                [r["peak_bytes"] / r["least_bytes"] for r in chosen],
+                f"C{k}{style}",
+                label=label,
+                markersize=3,
+            )
+    time_ax.set(
+        xscale="log", yscale="log", xlabel="rows", ylabel="µs per row, whole step"
+    )
+    memory_ax.set(
+        xscale="log",
+        xlabel="rows",
+        ylabel="peak bytes / bytes of arguments and results",
+    )
+    memory_ax.set_ylim(bottom=1)
+    time_ax.legend(fontsize=7)
+    return figure
