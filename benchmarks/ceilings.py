@@ -50,7 +50,9 @@ def products(x, weight, dtype, device):
     }
     if dtype == "float32" and device.platform == "cpu":
         programs["NumPy"] = eager(lambda: x @ weight, lambda: None)
-    if importlib.util.find_spec("torch") and device.platform in ("cpu", "gpu"):
+    too_slow = device.platform == "cpu" and dtype == "float16"
+    is_here = importlib.util.find_spec("torch") and device.platform in ("cpu", "gpu")
+    if is_here and not too_slow:
         programs["PyTorch"] = _pytorch(x, weight, dtype, device)
     return programs
 

@@ -43,7 +43,7 @@ def _ratio_table(title, rows):
     table = _table(title, "workload", others)
     for workload in dict.fromkeys(row["workload"] for row in rows):
         cells = {r["library"]: r["ratio"] for r in rows if r["workload"] == workload}
-        table.add_row(workload, *(_ratio(cells[library]) for library in others))
+        table.add_row(workload, *(_ratio(cells.get(library)) for library in others))
     table.add_section()
     columns = [[r["ratio"] for r in rows if r["library"] == name] for name in others]
     table.add_row("geometric mean", *(_ratio(geometric_mean(c)) for c in columns))
@@ -59,6 +59,8 @@ def _table(title, first, headings):
 
 
 def _ratio(ratio):
+    if ratio is None:
+        return ""
     style = "red" if ratio < 0.97 else "green" if ratio > 1.03 else "default"
     return f"[{style}]{ratio:.2f}[/]"
 

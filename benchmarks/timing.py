@@ -89,8 +89,6 @@ def interleaved(programs, seconds, min_rounds=5):
     timed once, so that what slows the machine down for a while slows all of them.
     """
     times = {name: calls_per_sample(program) for name, program in programs.items()}
-    for name, program in programs.items():
-        program.run(times[name])
     samples = {name: [] for name in programs}
     end = time.perf_counter() + seconds * len(programs)
     rounds = 0
@@ -104,7 +102,7 @@ def interleaved(programs, seconds, min_rounds=5):
 
 
 def calls_per_sample(program):
-    program.call()
+    program.run(1)  # Compiles, and warms up.
     start = time.perf_counter()
-    program.run(2)
-    return max(1, round(SAMPLE_SECONDS / ((time.perf_counter() - start) / 2)))
+    program.run(1)
+    return max(1, round(SAMPLE_SECONDS / (time.perf_counter() - start)))

@@ -51,7 +51,7 @@ def _transposed_dot(G, X, leading_axes, sharding):
     """
     if sharding is not None:
         spec = sharding.spec
-        spec = P(None, *spec, unreduced=spec.unreduced, reduced=spec.reduced)
+        spec = P(None, *spec.partitions, unreduced=spec.unreduced, reduced=spec.reduced)
         sharding = NamedSharding(sharding.mesh, spec)
     return _dot(jnp.expand_dims(G, -2), X, leading_axes, sharding)[0]
 
@@ -61,8 +61,8 @@ def _has_gathered_rows(a, sharding):
     if sharding is None:
         return False
     spec = sharding.spec if isinstance(sharding, NamedSharding) else sharding
-    rows = a.ndim - 1
-    return jax.typeof(a).sharding.spec[:rows] != spec[:rows]
+    split, rows = jax.typeof(a).sharding.spec.partitions, a.ndim - 1
+    return split[:rows] != spec.partitions[:rows]
 
 
 def _is_cheaper_swapped(G, X):

@@ -50,7 +50,7 @@ def test_results_are_a_table_and_json_and_plots_and_compared_with_older_ones(tmp
     assert {"device", "date", "versions", "ceilings", "overhead"} < document.keys()
     rows = document["results"]
     assert {row["workload"] for row in rows} >= {"growth 4", "MLP, hidden layer"}
-    libraries = {row["library"] for row in rows}
+    libraries = {row["library"] for row in rows if row["workload"] != "growth 4"}
     assert libraries >= {"jaxlinear", "naive formula", "Flax NNX", "Flax Linen"}
     for row in rows:
         assert row["low_s"] <= row["median_s"] <= row["high_s"]
