@@ -51,6 +51,8 @@ PROGRESS = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
 
 
 def main():
+    # Else PyTorch's threads spin for a while after a call, and slow the next library.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     options = parsed_options()
     console = Console()
     # Tables need their width where the terminal does not say its own.

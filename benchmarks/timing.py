@@ -86,16 +86,18 @@ def interleaved(programs, seconds, min_rounds=5):
     """Seconds of a call of each program in each round: {name: array (rounds,)}.
 
     The rounds go on for about ``seconds`` per program. In each round every program is
-    timed once, so that what slows the machine down for a while slows all of them.
+    timed once, so that what slows the machine down for a while slows all of them; and
+    each comes first in turn, because some leave threads behind that slow the next one.
     """
     times = {name: calls_per_sample(program) for name, program in programs.items()}
     samples = {name: [] for name in programs}
     end = time.perf_counter() + seconds * len(programs)
     rounds = 0
     while rounds < min_rounds or time.perf_counter() < end:
-        for name, program in programs.items():
+        first = rounds % len(programs)
+        for name in [*programs][first:] + [*programs][:first]:
             start = time.perf_counter()
-            program.run(times[name])
+            programs[name].run(times[name])
             samples[name].append((time.perf_counter() - start) / times[name])
         rounds += 1
     return {name: np.array(s) for name, s in samples.items()}
