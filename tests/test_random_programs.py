@@ -6,6 +6,7 @@ the product, and whether it then has code to run it. So each case draws the neig
 
 import math
 import operator
+import os
 from functools import partial
 from typing import NamedTuple
 
@@ -18,7 +19,8 @@ from oracle import wide
 
 from jaxlinear import linear
 
-BASE_SEED, CASES, CASES_PER_PROGRAM = 0, 5000, 50
+BASE_SEED, CASES_PER_PROGRAM = 0, 50
+CASES = int(os.environ.get("RANDOM_PROGRAMS", "5000"))
 
 # JAX 0.10 still has XLA's older emitters of fusions, which compile in a sixth of the
 # time. They come after the passes that choose the products.
