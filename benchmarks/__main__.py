@@ -28,12 +28,12 @@ from benchmarks import plots, report
 from benchmarks.ceilings import ceilings
 from benchmarks.contenders import (
     TRANSPOSED,
-    is_installed,
     jax_contenders,
     pytorch_programs,
+    pytorch_runs,
 )
 from benchmarks.overhead import overhead
-from benchmarks.timing import compiled, eager, interleaved
+from benchmarks.timing import compiled, interleaved
 from benchmarks.workloads import (
     DTYPES,
     GROWTH,
@@ -217,14 +217,8 @@ def programs_of(workload, mode, arrays, dtype, device):
     for name, layer in layers.items():
         apply, parameters = layer(weight, bias, dtype)
         programs[name] = compiled(results_of(mode, apply), (parameters, x, cotangent))
-    place = {"cpu": "cpu", "gpu": "cuda"}.get(device.platform)
-    # On CPU, PyTorch takes a second for what takes the others a fiftieth in float16.
-    too_slow = place == "cpu" and dtype == "float16"
-    if place and is_installed("torch") and workload not in GROWTH and not too_slow:
-        import torch
-
-        wait = torch.cuda.synchronize if place == "cuda" else lambda: None
-        programs["PyTorch"] = eager(pytorch_programs(arrays, dtype, place)[mode], wait)
+    if workload not in GROWTH and pytorch_runs(device, dtype):
+        programs["PyTorch"] = pytorch_programs(arrays, dtype, device)[mode]
     return programs
 
 

@@ -1,11 +1,10 @@
 """The limits of this machine: the fastest product in each dtype, and a large copy."""
 
-import importlib.util
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.contenders import pytorch_program, pytorch_runs, pytorch_tensor
 from benchmarks.timing import compiled, eager, interleaved
 
 SHAPES = {"cpu": (2048, 1024, 1024)}  # rows, in, out: what is compared is timed there
@@ -49,23 +48,8 @@ def products(x, weight, dtype, device):
         for result in {dtype, "float32"}
     }
     if dtype == "float32" and device.platform == "cpu":
-        programs["NumPy"] = eager(lambda: x @ weight, lambda: None)
-    too_slow = device.platform == "cpu" and dtype == "float16"
-    is_here = importlib.util.find_spec("torch") and device.platform in ("cpu", "gpu")
-    if is_here and not too_slow:
-        programs["PyTorch"] = _pytorch(x, weight, dtype, device)
+        programs["NumPy"] = eager(lambda: x @ weight)
+    if pytorch_runs(device, dtype):
+        x_there, weight_there = (pytorch_tensor(a, device) for a in (x, weight))
+        programs["PyTorch"] = pytorch_program(lambda: x_there @ weight_there, device)
     return programs
-
-
-def _pytorch(x, weight, dtype, device):
-    import torch
-
-    place = "cuda" if device.platform == "gpu" else "cpu"
-
-    def tensor(array):
-        wide = torch.from_numpy(array.astype("float32"))
-        return wide.to(place, getattr(torch, dtype))
-
-    x, weight = tensor(x), tensor(weight)
-    wait = torch.cuda.synchronize if place == "cuda" else lambda: None
-    return eager(lambda: x @ weight, wait)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 import jaxlinear
+from benchmarks.timing import eager
 
 
 def ours(weight, bias, dtype):
@@ -142,17 +143,40 @@ def jax_contenders():
     }
 
 
+def pytorch_runs(device, dtype):
+    """Whether PyTorch is here and worth the wait.
+
+    On CPU it takes a second for what takes the others a fiftieth in float16.
+    """
+    too_slow = device.platform == "cpu" and dtype == "float16"
+    return is_installed("torch") and device.platform in ("cpu", "gpu") and not too_slow
+
+
+def pytorch_tensor(array, device):
+    """A NumPy array, of bfloat16 too, on PyTorch's name for a JAX device."""
+    import torch
+
+    place = "cuda" if device.platform == "gpu" else "cpu"
+    wide = torch.from_numpy(array.astype("float32"))  # It reads no bfloat16.
+    return wide.to(place, getattr(torch, jnp.dtype(array.dtype).name))
+
+
+def pytorch_program(call, device):
+    """A program whose results are waited for on the device."""
+    import torch
+
+    return (
+        eager(call, torch.cuda.synchronize) if device.platform == "gpu" else eager(call)
+    )
+
+
 def pytorch_programs(arrays, dtype, device):
     """The same in eager PyTorch, mode by mode; the gradients without the forward."""
     import torch
     from torch.nn.functional import linear
 
-    def tensor(array):
-        wide = torch.from_numpy(array.astype("float32"))
-        name = jnp.dtype(array.dtype).name
-        return wide.to(device, getattr(torch, name)).requires_grad_()
-
-    x, weight, bias, cotangent = map(tensor, arrays)
+    tensors = (pytorch_tensor(array, device).requires_grad_() for array in arrays)
+    x, weight, bias, cotangent = tensors
     compute_dtype = getattr(torch, dtype)
     mixed = weight.dtype != compute_dtype
 
@@ -174,10 +198,11 @@ def pytorch_programs(arrays, dtype, device):
         Y = forward()
         return [Y, *torch.autograd.grad(Y, (x, weight, bias), cotangent)]
 
-    return {
+    calls = {
         "forward": without_graph,
         "input gradient": lambda: gradient(x),
         "weight gradient": lambda: gradient(weight),
         "bias gradient": lambda: gradient(bias),
         "step": step,
     }
+    return {mode: pytorch_program(call, device) for mode, call in calls.items()}

@@ -45,21 +45,16 @@ def compiled(function, arguments):
     return Program(call, run, compile_s, peak)
 
 
-def eager(call, wait):
-    """A program of a library that runs as it is called; ``wait`` blocks on it."""
+def eager(call, wait=lambda: None):
+    """A program that runs as it is called; ``wait`` blocks where ``call`` does not."""
+    return Program(call, _one_by_one(call, wait))
 
+
+def _one_by_one(call, wait=lambda: None):
     def run(times):
         for _ in range(times):
             call()
         wait()
-
-    return Program(call, run)
-
-
-def _one_by_one(call):
-    def run(times):
-        for _ in range(times):
-            call()
 
     return run
 

@@ -14,8 +14,6 @@ from jaxlinear import linear, plain_autodiff
 
 nnx = pytest.importorskip("flax.nnx")
 
-# The switch must not be confused by what JAX has traced before.
-
 
 def arguments(dtype="float32"):
     return random_problem((5,), 4, 3, dtype)[:3]
