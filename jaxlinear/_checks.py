@@ -59,6 +59,10 @@ def checked_dtype(name, dtype):
     return checked
 
 
+def checked_optional_dtype(name, dtype):
+    return None if dtype is None else checked_dtype(name, dtype)
+
+
 def compute_dtype(dtype, *arrays):
     """``dtype``, or by default that of the arrays, promoted to a floating one."""
     arrays = [array for array in arrays if array is not None]
@@ -70,13 +74,37 @@ def compute_dtype(dtype, *arrays):
     return dtype
 
 
-def checked_reduce_dtype(reduce_dtype, dtype):
+ALTERNATIVE_FLOAT16 = "alternative_float16"
+
+
+def checked_backward_dtype(backward_dtype, dtype):
+    """The dtype of the backward products, and whether it is the alternative float16.
+
+    ``dtype`` is that of the forward product, or None where it is not known yet.
+    """
+    if backward_dtype is None:
+        return dtype, False
+    if isinstance(backward_dtype, str) and backward_dtype == ALTERNATIVE_FLOAT16:
+        return jnp.dtype("float16"), True
+    checked = checked_dtype("backward_dtype", backward_dtype)
+    if dtype is not None and _is_complex(checked) != _is_complex(dtype):
+        kind = "complex" if _is_complex(dtype) else "floating"
+        raise TypeError(f"`backward_dtype` must be {kind} as {dtype} is, got {checked}")
+    return checked, False
+
+
+def _is_complex(dtype):
+    return jnp.issubdtype(dtype, jnp.complexfloating)
+
+
+def checked_reduce_dtype(reduce_dtype, *operand_dtypes):
     """``reduce_dtype`` as a NumPy dtype, or None for None."""
     if reduce_dtype is None:
         return None
     checked = checked_dtype("reduce_dtype", reduce_dtype)
-    if checked not in (dtype, accumulator(dtype)):
-        allowed = " or ".join(dict.fromkeys(map(str, (dtype, accumulator(dtype)))))
+    own = [*operand_dtypes, *map(accumulator, operand_dtypes)]
+    if checked not in own:
+        allowed = " or ".join(dict.fromkeys(map(str, own)))
         raise TypeError(f"`reduce_dtype` must be {allowed}, got {checked}")
     return checked
 

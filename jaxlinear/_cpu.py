@@ -14,35 +14,52 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlinear._types import accumulator
 
+# Algorithms of low precision that JAX lowers for CPU, and the dtype of their operands.
+_ALGORITHMS = {
+    lax.DotAlgorithmPreset.BF16_BF16_F32: "bfloat16",
+    lax.DotAlgorithmPreset.F16_F16_F16: "float16",
+}
 
-def cpu_product(a, b, contracted_axes, sharding):
+
+def has_form_on_cpu(dtype, precision):
+    """Whether the product of operands in ``dtype`` has a form of its own here."""
+    if isinstance(precision, lax.DotAlgorithmPreset | lax.DotAlgorithm):
+        return precision in _ALGORITHMS
+    return dtype != accumulator(dtype)
+
+
+def cpu_product(a, b, contracted_axes, precision, sharding):
     """``lax.dot_general`` of operands of one dtype, in the dtype of its accumulator."""
+    if precision in _ALGORITHMS:
+        dtype = _ALGORITHMS[precision]
+        a, b, precision = a.astype(dtype), b.astype(dtype), None
+    options = contracted_axes, precision, sharding
     # Only bfloat16 has a native path, and at one row memory is the limit.
     if a.dtype != "bfloat16" or all(length == 1 for length in a.shape[:-1]):
-        return _widened(_dot)(a, b, contracted_axes, sharding)
+        return _widened(_dot)(a, b, *options)
     is_transposed = a.ndim - 1 not in contracted_axes[0]  # Gᵀ X
     if is_transposed and sharding is None and _is_cheaper_swapped(a, b):
-        return cpu_product(b, a, contracted_axes, None).T
+        return cpu_product(b, a, *options).T
 
     def product(a, b):
-        dot = _transposed_dot if is_transposed else _dot
-        return dot(a, b, contracted_axes, sharding)
+        return (_transposed_dot if is_transposed else _dot)(a, b, *options)
 
     is_gathered = not is_transposed and _has_gathered_rows(a, sharding)
     return _fenced(product, is_gathered)(a, b)
 
 
-def _dot(a, b, contracted_axes, sharding):
+def _dot(a, b, contracted_axes, precision, sharding):
     return lax.dot_general(
         a,
         b,
         (contracted_axes, ((), ())),
+        precision=precision,
         preferred_element_type=accumulator(a.dtype),
         out_sharding=sharding,
     )
 
 
-def _transposed_dot(G, X, leading_axes, sharding):
+def _transposed_dot(G, X, leading_axes, precision, sharding):
     """Gᵀ X, with a copy of G in which the contracted axes are the last ones.
 
     XLA makes the copy, without which it leaves its fast path, where G has another axis,
@@ -53,7 +70,7 @@ def _transposed_dot(G, X, leading_axes, sharding):
         spec = sharding.spec
         spec = P(None, *spec.partitions, unreduced=spec.unreduced, reduced=spec.reduced)
         sharding = NamedSharding(sharding.mesh, spec)
-    return _dot(jnp.expand_dims(G, -2), X, leading_axes, sharding)[0]
+    return _dot(jnp.expand_dims(G, -2), X, leading_axes, precision, sharding)[0]
 
 
 def _has_gathered_rows(a, sharding):

@@ -8,6 +8,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
@@ -15,10 +16,12 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxlinear._checks import (
     check_shapes,
     checked_array,
+    checked_backward_dtype,
     checked_reduce_dtype,
     compute_dtype,
 )
 from jaxlinear._plain import in_plain_autodiff, plain_linear
+from jaxlinear._precision import Precision, check_support, checked_precision
 from jaxlinear._products import (
     bias_gradient,
     forward_product,
@@ -39,6 +42,8 @@ def linear(
     bias: ArrayLike | None = None,
     *,
     dtype: DTypeLike | None = None,
+    precision: lax.PrecisionLike | Precision = None,
+    backward_dtype: DTypeLike | None = None,
     reduce_dtype: DTypeLike | None = None,
     out_sharding: NamedSharding | PartitionSpec | None = None,
 ) -> jax.Array:
@@ -69,11 +74,23 @@ def linear(
       bias: vector (out,), or None. It is added before Y is rounded.
       dtype: floating or complex dtype of the product's operands and of the result.
         Default: the promoted dtype of the arguments.
+      precision: precision of the products, as in :func:`jax.lax.dot_general`, or a
+        :class:`jaxlinear.Precision` with one for each. TensorFloat32 is
+        ``"tensorfloat32"``, or ``"TF32_TF32_F32"`` and ``"TF32_TF32_F32_X3"`` where
+        the device must have it. Default: ``jax_default_matmul_precision``.
+      backward_dtype: dtype to which G, ``x`` and ``weight`` are cast for ∇X = G W and
+        ∇W = Gᵀ X. Default: ``dtype``. With ``dtype=float16``, bfloat16 keeps gradients
+        that would overflow in float16 or be flushed to zero; with ``dtype=bfloat16``,
+        float32 computes gradients from the unrounded arguments. G itself comes in
+        ``dtype``, and each gradient leaves in the dtype of its argument. Or
+        ``"alternative_float16"``: float16, with a hint to AMD GPUs (ROCm), some of
+        which then multiply in bfloat16 inside. Not run on such hardware.
       reduce_dtype: dtype in which the products leave their accumulator, so the one in
-        which partial sums are added across devices: ``dtype``, or its accumulator
-        (float32 for bfloat16). Default: the dtype of each result, or the accumulator's
-        where another rounding would follow: for a gradient of another dtype than
-        ``dtype``, and for Y with a bias. With float32 weights and ``dtype=bfloat16``,
+        which partial sums are added across devices: the dtype of their operands,
+        ``dtype`` or ``backward_dtype``, or its accumulator (float32 for bfloat16).
+        Default: the dtype of each result, or the accumulator's where another rounding
+        would follow: for a gradient of another dtype than the product's operands, and
+        for Y with a bias. With float32 weights and ``dtype=bfloat16``,
         ``reduce_dtype=bfloat16`` halves the bytes that data parallelism sends, and
         rounds the weight gradient to bfloat16. The bias and its gradient stay as they
         are.
@@ -84,10 +101,11 @@ def linear(
       Y, of shape (*, out) and dtype ``dtype``.
 
     Raises:
-      ValueError: if the shapes are not those above.
-      TypeError: if an argument is no array, ``dtype`` is neither floating nor complex,
-        or is real while an argument is complex, or ``reduce_dtype`` is neither
-        ``dtype`` nor its accumulator.
+      ValueError: if the shapes are not those above, ``precision`` is unknown, or the
+        device does not support it.
+      TypeError: if an argument is no array, ``dtype`` or ``backward_dtype`` is neither
+        floating nor complex, or is real while an argument is complex, or
+        ``reduce_dtype`` is not one of the above.
 
     The formulas are those of ``torch.nn.Linear``:
     https://docs.pytorch.org/docs/stable/generated/torch.nn.Linear.html
@@ -106,38 +124,49 @@ def linear(
     # for the forward pass and again for the backward (tests/test_collectives.py).
     bare = in_plain_autodiff() or is_traced_with_explicit_axes(weight)
     apply = _checked_linear if bare else _jitted_linear
-    return apply(x, weight, bias, dtype, reduce_dtype, out_sharding)
+    if precision is not None:
+        check_support(precision, x, weight)
+    return apply(
+        x, weight, bias, dtype, precision, backward_dtype, reduce_dtype, out_sharding
+    )
 
 
-def _checked_linear(x, weight, bias, dtype, reduce_dtype, out_sharding):
+def _checked_linear(
+    x, weight, bias, dtype, precision, backward_dtype, reduce_dtype, out_sharding
+):
     x, weight = checked_array("x", x), checked_array("weight", weight)
     bias = None if bias is None else checked_array("bias", bias)
     check_shapes(x, weight, bias)
     dtype = compute_dtype(dtype, x, weight, bias)
-    reduce_dtype = checked_reduce_dtype(reduce_dtype, dtype)
+    precision = checked_precision(precision)
+    backward_dtype = checked_backward_dtype(backward_dtype, dtype)
+    reduce_dtype = checked_reduce_dtype(reduce_dtype, dtype, backward_dtype[0])
     if in_plain_autodiff():
-        return plain_linear(x, weight, bias, dtype, out_sharding)
+        return plain_linear(x, weight, bias, dtype, precision.forward, out_sharding)
     operands = vary_together(x, weight, bias)
-    Y_type = output_type(dtype, reduce_dtype, bias, out_sharding)
-    types = tuple(cotangent_type(a, dtype, reduce_dtype) for a in operands)
+    Y_type = output_type(dtype, precision.forward, reduce_dtype, bias, out_sharding)
+    gradient_precisions = precision.input_grad, precision.weight_grad, None
+    types = tuple(
+        cotangent_type(a, backward_dtype, gradient_precision, reduce_dtype)
+        for a, gradient_precision in zip(operands, gradient_precisions, strict=True)
+    )
     return checkpoint_name(_linear(*operands, Y_type, types), "linear")
 
 
-_jitted_linear = jax.jit(_checked_linear, static_argnums=(3, 4, 5))
+_jitted_linear = jax.jit(_checked_linear, static_argnums=range(3, 8))
 
 save_linear_outputs = jax.checkpoint_policies.save_only_these_names("linear")
 """A policy for ``jax.checkpoint``: save the result of every ``linear``, so that the
 backward pass runs no forward product again, and recompute everything else."""
 
 
-# The op: Y = X Wᵀ + B. The operands are cast inside it, so that the rule below
-# decides in which dtype each gradient leaves its product.
+# The op: Y = X Wᵀ + B. Each product casts its operands inside it, so that the rule
+# below decides in which dtype each gradient leaves its product.
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _linear(x, weight, bias, Y_type, gradient_types):
-    X, W = x.astype(Y_type.dtype), weight.astype(Y_type.dtype)
-    return forward_product(X, W, bias, Y_type)
+    return forward_product(x, weight, bias, Y_type)
 
 
 # The rule. With y_no = Σ_i x_ni w_oi + b_o for each row n of the leading axes, and
@@ -148,12 +177,15 @@ def _linear(x, weight, bias, Y_type, gradient_types):
 #     ∂Loss/∂b_o  = Σ_n g_no           ∇B = Σ G
 #
 # ∇X reads W, ∇W reads X and ∇B neither, so each operand is kept only if the other
-# one is differentiated, and it is kept as it was multiplied.
+# one is differentiated, and it is kept in the dtype in which the rule multiplies it.
 
 
 def _linear_forward(x, weight, bias, Y_type, gradient_types):
     X, W = x.value.astype(Y_type.dtype), weight.value.astype(Y_type.dtype)
     Y = forward_product(X, W, bias and bias.value, Y_type)
+    backward_dtype = gradient_types[0].operand_dtype
+    if backward_dtype != Y_type.dtype:
+        X, W = x.value.astype(backward_dtype), weight.value.astype(backward_dtype)
     kept_X = X if weight.perturbed else _not_kept()
     kept_W = W if x.perturbed else _not_kept()
     return Y, (kept_X, kept_W)

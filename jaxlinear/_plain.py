@@ -23,8 +23,9 @@ def plain_autodiff() -> Iterator[None]:
 
     What is computed is then what the naive formula computes: Y is rounded before the
     bias is added and again afterwards, and parameter gradients have the accuracy of the
-    compute dtype. ``reduce_dtype`` is checked and not used, and the result has no
-    checkpoint name, which JAX cannot transpose.
+    compute dtype. The gradients are computed in the dtype and the precision of the
+    forward product; ``reduce_dtype`` and ``backward_dtype`` are checked and not used.
+    The result has no checkpoint name, which JAX cannot transpose.
 
     The setting belongs to the thread and to the call: functions returned by
     ``jax.vjp``, ``jax.linearize`` or ``jax.jit(f).lower(...).compile()`` keep the one
@@ -46,7 +47,7 @@ def in_plain_autodiff():
     return _in_plain_autodiff.value
 
 
-def plain_linear(x, weight, bias, dtype, out_sharding):
+def plain_linear(x, weight, bias, dtype, precision, out_sharding):
     """X Wᵀ + B, with nothing around it that hides it."""
     # The spelling of Flax, for what is put in the place of these functions: a weight
     # that Qwix has quantized has no working `astype`, and the `dot_general` of AQT
@@ -54,7 +55,7 @@ def plain_linear(x, weight, bias, dtype, out_sharding):
     X, W = jnp.asarray(x, dtype), jnp.asarray(weight, dtype)
     dimensions = ((X.ndim - 1,), (1,)), ((), ())
     sharding = {} if out_sharding is None else {"out_sharding": out_sharding}
-    Y = lax.dot_general(X, W, dimensions, precision=None, **sharding)
+    Y = lax.dot_general(X, W, dimensions, precision=precision, **sharding)
     if bias is not None:
         Y += jnp.expand_dims(bias.astype(dtype), range(Y.ndim - 1))
     return Y

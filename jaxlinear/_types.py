@@ -11,17 +11,21 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class ArrayType:
-    """What a product must return, and how it gets there.
+class ProductType:
+    """What a product multiplies, and what it must return.
 
+    The operands are cast to ``operand_dtype`` and multiplied with ``precision``.
     ``reduce_dtype`` is the dtype in which the product leaves its accumulator, and so
-    the one in which XLA adds the partial sums of several devices. ``sharding`` is None
-    where the mesh has no explicit axes.
+    the one in which XLA adds the partial sums of several devices; the result is then
+    rounded to ``dtype``. ``sharding`` is None where the mesh has no explicit axes.
     """
 
-    dtype: jnp.dtype
+    operand_dtype: jnp.dtype
+    precision: lax.PrecisionLike
     reduce_dtype: jnp.dtype
+    dtype: jnp.dtype
     sharding: NamedSharding | PartitionSpec | None
+    has_alternative_float16: bool = False
 
 
 def is_traced_with_explicit_axes(array):
@@ -39,24 +43,38 @@ def accumulator(dtype):
     return jnp.dtype("float32") if jnp.finfo(dtype).bits < 32 else dtype
 
 
-def output_type(compute_dtype, reduce_dtype, bias, out_sharding):
+def output_type(dtype, precision, reduce_dtype, bias, out_sharding):
     """The type of Y, which the product rounds unless there is a bias to be added."""
-    default = compute_dtype if bias is None else accumulator(compute_dtype)
-    return ArrayType(compute_dtype, reduce_dtype or default, out_sharding)
+    default = dtype if bias is None else accumulator(dtype)
+    reduce_dtype = _own_dtype(reduce_dtype, dtype) or default
+    return ProductType(dtype, precision, reduce_dtype, dtype, out_sharding)
 
 
-def cotangent_type(primal, compute_dtype, reduce_dtype):
+def cotangent_type(primal, backward_dtype, precision, reduce_dtype):
     """The type that the cotangent of ``primal`` must have; None for None."""
     if primal is None:
         return None
+    operand_dtype, has_alternative_float16 = backward_dtype
     aval = jax.typeof(primal).to_ct_aval()
-    same = aval.dtype == compute_dtype  # Else the product must not round it first.
-    default = compute_dtype if same else accumulator(compute_dtype)
+    same = aval.dtype == operand_dtype  # Else the product must not round it first.
+    default = operand_dtype if same else accumulator(operand_dtype)
     mesh, spec = aval.sharding.mesh, aval.sharding.spec
     if mesh.empty:  # An array made before the mesh was set is replicated over it.
         mesh = jax.sharding.get_abstract_mesh()
-    sharding = NamedSharding(mesh, spec) if _has_explicit_axes(mesh) else None
-    return ArrayType(aval.dtype, reduce_dtype or default, sharding)
+    return ProductType(
+        operand_dtype,
+        precision,
+        _own_dtype(reduce_dtype, operand_dtype) or default,
+        aval.dtype,
+        NamedSharding(mesh, spec) if _has_explicit_axes(mesh) else None,
+        has_alternative_float16,
+    )
+
+
+def _own_dtype(reduce_dtype, operand_dtype):
+    """``reduce_dtype`` if a product of these operands can leave its sum in it."""
+    own = operand_dtype, accumulator(operand_dtype)
+    return reduce_dtype if reduce_dtype in own else None
 
 
 def round_to(dtype, cotangent):

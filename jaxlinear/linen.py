@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
@@ -11,12 +12,15 @@ from jaxlinear._checks import (
     check_input,
     check_shapes,
     checked_array,
+    checked_backward_dtype,
     checked_dtype,
     checked_features,
+    checked_optional_dtype,
     checked_sharding,
 )
 from jaxlinear._init import bias_sharding, placed, uniform
 from jaxlinear._linear import linear
+from jaxlinear._precision import Precision, checked_precision
 
 
 class Linear(nn.Module):
@@ -37,6 +41,8 @@ class Linear(nn.Module):
       bias_init: initializer of the bias.
       device: a ``jax.Device`` or a ``jax.sharding.Sharding`` where the parameters are
         created. It shards the weight; the bias is sharded as the weight's first axis.
+      precision: precision of the three products, as in :func:`jaxlinear.linear`.
+      backward_dtype: dtype of the backward products, as in :func:`jaxlinear.linear`.
       reduce_dtype: dtype in which partial sums are added across devices, as in
         :func:`jaxlinear.linear`.
 
@@ -55,6 +61,8 @@ class Linear(nn.Module):
     weight_init: nn.initializers.Initializer | None = None
     bias_init: nn.initializers.Initializer | None = None
     device: Placement | None = None
+    precision: lax.PrecisionLike | Precision = None
+    backward_dtype: DTypeLike | None = None
     reduce_dtype: DTypeLike | None = None
 
     @nn.compact
@@ -71,7 +79,8 @@ class Linear(nn.Module):
           Y (*, out_features).
 
         Raises:
-          ValueError: if ``x`` is a scalar or ``out_features`` is negative.
+          ValueError: if ``x`` is a scalar, ``out_features`` is negative, or
+            ``precision`` is unknown.
           TypeError: if ``x`` is no array, ``out_features`` no integer, a dtype neither
             floating nor complex, or ``device`` neither a device nor a sharding.
         """
@@ -83,7 +92,10 @@ class Linear(nn.Module):
             check_shapes(x, weight, bias=None)
         in_features = x.shape[-1]
         out_features = checked_features("out_features", self.out_features)
-        dtype = None if self.dtype is None else checked_dtype("dtype", self.dtype)
+        dtype = checked_optional_dtype("dtype", self.dtype)
+        checked_precision(self.precision)
+        checked_backward_dtype(self.backward_dtype, dtype)
+        reduce_dtype = checked_optional_dtype("reduce_dtype", self.reduce_dtype)
         param_dtype = checked_dtype("param_dtype", self.param_dtype)
         sharding = checked_sharding("device", self.device)
 
@@ -100,6 +112,8 @@ class Linear(nn.Module):
             weight,
             bias,
             dtype=dtype,
-            reduce_dtype=self.reduce_dtype,
+            precision=self.precision,
+            backward_dtype=self.backward_dtype,
+            reduce_dtype=reduce_dtype,
             out_sharding=out_sharding,
         )

@@ -7,17 +7,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxlinear._checks import (
     Placement,
+    checked_backward_dtype,
     checked_dtype,
     checked_features,
+    checked_optional_dtype,
     checked_sharding,
 )
 from jaxlinear._init import bias_sharding, placed, uniform
 from jaxlinear._linear import linear
+from jaxlinear._precision import Precision, checked_precision
 
 
 class Linear(nnx.Module):
@@ -34,6 +38,8 @@ class Linear(nnx.Module):
       dtype: dtype of the computation and of the output. Default: the promoted dtype of
         the input and the parameters.
       param_dtype: dtype of the parameters.
+      precision: precision of the three products, as in :func:`jaxlinear.linear`.
+      backward_dtype: dtype of the backward products, as in :func:`jaxlinear.linear`.
       reduce_dtype: dtype in which partial sums are added across devices, as in
         :func:`jaxlinear.linear`.
       weight_init: initializer of the weight, ``init(key, shape, dtype)``.
@@ -46,7 +52,7 @@ class Linear(nnx.Module):
       bias_metadata: metadata of the bias's ``nnx.Param``.
 
     Raises:
-      ValueError: if a number of features is negative.
+      ValueError: if a number of features is negative, or ``precision`` is unknown.
       TypeError: if a number of features is no integer, a dtype is neither floating nor
         complex, or ``device`` is neither a device nor a sharding.
 
@@ -67,6 +73,8 @@ class Linear(nnx.Module):
         use_bias: bool = True,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
+        precision: lax.PrecisionLike | Precision = None,
+        backward_dtype: DTypeLike | None = None,
         reduce_dtype: DTypeLike | None = None,
         weight_init: nnx.Initializer | None = None,
         bias_init: nnx.Initializer | None = None,
@@ -78,12 +86,12 @@ class Linear(nnx.Module):
         self.in_features = checked_features("in_features", in_features)
         self.out_features = checked_features("out_features", out_features)
         self.use_bias = use_bias
-        self.dtype = None if dtype is None else checked_dtype("dtype", dtype)
-        self.reduce_dtype = (
-            None
-            if reduce_dtype is None
-            else checked_dtype("reduce_dtype", reduce_dtype)
-        )
+        self.dtype = checked_optional_dtype("dtype", dtype)
+        checked_precision(precision)
+        self.precision = precision
+        checked_backward_dtype(backward_dtype, self.dtype)
+        self.backward_dtype = backward_dtype
+        self.reduce_dtype = checked_optional_dtype("reduce_dtype", reduce_dtype)
         self.param_dtype = checked_dtype("param_dtype", param_dtype)
         sharding = checked_sharding("device", device)
 
@@ -119,6 +127,8 @@ class Linear(nnx.Module):
             self.weight[...],
             bias,
             dtype=self.dtype,
+            precision=self.precision,
+            backward_dtype=self.backward_dtype,
             reduce_dtype=self.reduce_dtype,
             out_sharding=out_sharding,
         )

@@ -40,8 +40,9 @@ def test_public_functions_and_classes_have_examples():
     # `doctest.testmod` passes where there is nothing to run.
     from jaxlinear import linen, nnx
 
-    publics = jaxlinear.linear, jaxlinear.plain_autodiff, nnx.Linear, linen.Linear
-    for public in publics:
+    functions = jaxlinear.linear, jaxlinear.plain_autodiff, jaxlinear.explain
+    classes = jaxlinear.Precision, nnx.Linear, linen.Linear
+    for public in functions + classes:
         assert doctest.DocTestParser().get_examples(public.__doc__)
 
 
@@ -57,6 +58,8 @@ def test_importing_the_package_needs_jax_alone():
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert result.stdout.split() == [
+        "Precision",
+        "explain",
         "linear",
         "plain_autodiff",
         "save_linear_outputs",

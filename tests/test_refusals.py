@@ -87,6 +87,30 @@ REFUSED = {
         TypeError,
         "`reduce_dtype` must be a floating or complex dtype, got int8",
     ),
+    "reduce_dtype of neither pass": (
+        (X, W, B),
+        {"dtype": "float16", "backward_dtype": "bfloat16", "reduce_dtype": "float64"},
+        TypeError,
+        "`reduce_dtype` must be float16 or bfloat16 or float32, got float64",
+    ),
+    "integer backward_dtype": (
+        (X, W, B),
+        {"backward_dtype": "int8"},
+        TypeError,
+        "`backward_dtype` must be a floating or complex dtype, got int8",
+    ),
+    "complex backward_dtype": (
+        (X, W, B),
+        {"backward_dtype": "complex64"},
+        TypeError,
+        "`backward_dtype` must be floating as float32 is, got complex64",
+    ),
+    "real backward_dtype of complex arguments": (
+        (X.astype("complex64"), W.astype("complex64"), None),
+        {"backward_dtype": "bfloat16"},
+        TypeError,
+        "`backward_dtype` must be complex as complex64 is, got bfloat16",
+    ),
     "no dtype": (
         (X, W, B),
         {"dtype": "float31"},

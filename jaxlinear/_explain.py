@@ -1,0 +1,261 @@
+"""What a call and its backward pass run, read from the program that XLA compiled."""
+
+import collections
+import dataclasses
+import math
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlinear._hlo import collectives, instructions
+from jaxlinear._table import table
+
+# The names that `_products.py` gives to the operations of each product.
+_SCOPE = re.compile(r"\b(forward_product|input_gradient|weight_gradient)\b")
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A product as it was compiled, and how many there are.
+
+    ``operands`` are the dtypes that the product reads on the device, ``accumulator``
+    the one in which its sums leave it; inside, an accelerator may use a wider one.
+    ``result`` is the dtype to which the source rounds it. ``runs_as`` is XLA's
+    operation, or the library that it calls.
+    """
+
+    name: str
+    count: int
+    operands: tuple[str, ...]
+    accumulator: str
+    result: str
+    precision: str
+    runs_as: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """An array that is kept from the forward to the backward pass."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+    is_argument: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """The collectives of one kind and dtype: how many, and what each device gets."""
+
+    kind: str
+    dtype: str
+    count: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Explanation:
+    """What :func:`explain` found. It prints as tables."""
+
+    device: str
+    products: tuple[Product, ...]
+    saved: tuple[Saved, ...]
+    collectives: tuple[Collective, ...]
+
+    @property
+    def saved_bytes(self) -> int:
+        """The bytes of ``saved``, arguments included."""
+        return sum(array.bytes for array in self.saved)
+
+    def __repr__(self) -> str:
+        parts = [
+            f"On {self.device}:",
+            _table(self.products) or "No products.",
+            f"Saved for the backward pass: {self.saved_bytes:,} bytes.",
+            _table(self.saved),
+            _table(self.collectives) or "No collectives.",
+        ]
+        return "\n\n".join(filter(None, parts))
+
+    _repr_markdown_ = __repr__
+
+
+def _table(rows):
+    if not rows:
+        return ""
+    header = [field.name.replace("_", " ") for field in dataclasses.fields(rows[0])]
+    return table(header, [map(_text, dataclasses.astuple(row)) for row in rows])
+
+
+def _text(value):
+    match value:
+        case bool():
+            return "yes" if value else "no"
+        case int():
+            return f"{value:,}"
+        case tuple():
+            return " × ".join(map(str, value)) or "scalar"
+    return value
+
+
+def explain(function, *args) -> Explanation:
+    """Say what a call of ``function`` and its backward pass run on this device.
+
+    The call, and the reverse-mode derivative of its floating results in its floating
+    arguments, are compiled and not run. What is said is read from the program that XLA
+    made, which may have fused, converted or removed what the source asked for. A loop's
+    body counts once.
+
+    Args:
+      function: a function of arrays; a Flax NNX or Equinox module, whose parameters
+        are differentiated too; or a Flax Linen module, whose variables are taken in
+        shape only.
+      *args: pytrees of arrays or of ``jax.ShapeDtypeStruct``, sharded or not.
+
+    Returns:
+      An :class:`Explanation`, which a terminal and a notebook show as tables: the
+      products with their dtypes and precision, the arrays saved for the backward pass,
+      and the collectives with the bytes that each device gets from them.
+
+    Raises:
+      TypeError: if ``function`` cannot be called.
+      ValueError: if no argument or no result is a floating array.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxlinear
+      >>> x, weight = jnp.ones((8, 3)), jnp.ones((2, 3))
+      >>> found = jaxlinear.explain(jaxlinear.linear, x, weight)
+      >>> [product.name for product in found.products]
+      ['forward product', 'input gradient', 'weight gradient']
+      >>> found.saved_bytes  # x and weight
+      120
+    """
+    if not callable(function):
+        raise TypeError(f"`function` must be callable, got {type(function).__name__}")
+    forward, floating, others = _as_function_of_arrays(*_applied(function, args))
+    if not floating:
+        raise ValueError("`args` must have a floating array to differentiate, got none")
+
+    def step(floating, others, G):
+        Y, vjp = jax.vjp(lambda floating: forward(floating, others), floating)
+        return Y, vjp(G)
+
+    Y = jax.eval_shape(forward, floating, others)
+    if not Y:
+        raise ValueError("`function` must return a floating array, got none")
+    shardings = jax.jit(forward).lower(floating, others).compile().output_shardings
+    G = [
+        jax.ShapeDtypeStruct(y.shape, y.dtype, sharding=sharding)
+        for y, sharding in zip(Y, shardings, strict=True)
+    ]
+    lowered = jax.jit(step).lower(floating, others, G)
+    asked = instructions(lowered.as_text("hlo", debug_info=True))
+    compiled = instructions(lowered.compile().as_text())
+    devices = shardings[0].device_set
+    return Explanation(
+        f"{len(devices)} × {min(devices, key=lambda d: d.id).device_kind}",
+        tuple(_products(asked, compiled)),
+        tuple(_saved(forward, floating, others)),
+        tuple(_collectives(compiled)),
+    )
+
+
+def _applied(function, args):
+    """A Linen module as its ``apply``, with variables of the right shape."""
+    linen = sys.modules.get("flax.linen")
+    if linen is None or not isinstance(function, linen.Module):
+        return function, args
+    variables = jax.eval_shape(function.init, jax.random.key(0), *args)
+    return function.apply, (variables, *args)
+
+
+def _as_function_of_arrays(function, args):
+    """A function of its floating arrays and its other ones, and both of these."""
+    leaves, tree = jax.tree.flatten((function, args))
+    floating, others = {}, {}
+    for position, leaf in enumerate(leaves):
+        if isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+            group = floating if jnp.issubdtype(leaf.dtype, jnp.inexact) else others
+            group[position] = leaf
+
+    def forward(floating, others):
+        arrays = floating | others
+        traced = [arrays.get(position, leaf) for position, leaf in enumerate(leaves)]
+        function, args = tree.unflatten(traced)
+        results = jax.tree.leaves(function(*args))
+        return [y for y in results if jnp.issubdtype(jnp.result_type(y), jnp.inexact)]
+
+    return forward, floating, others
+
+
+def _products(asked, compiled):
+    """The products in the order of the source, alike ones together."""
+    results = {}  # name: the dtypes to which the source rounds the products
+    asked_products = collections.defaultdict(list)
+    for instruction in asked:
+        name, scope = _name(instruction), _scope(instruction)
+        if instruction.is_product:
+            asked_products[name].append(instruction)
+            results.setdefault(name, []).append(instruction.results[0][0])
+        elif scope in results and instruction.results:
+            results[scope][-1] = instruction.results[0][0]
+    for name, products in asked_products.items():
+        found = [i for i in compiled if i.is_product and _name(i) == name]
+        alike = collections.Counter(
+            (
+                instruction.operand_dtypes[:2],
+                instruction.results[0][0],
+                instruction.precision,
+                # XLA multiplies vectors element by element.
+                instruction.runs_as if found else "elementwise",
+            )
+            for instruction in found or products
+        )
+        result = ", ".join(dict.fromkeys(results[name]))
+        for (operands, accumulator, precision, runs_as), count in alike.items():
+            yield Product(
+                name, count, operands, accumulator, result, precision, runs_as
+            )
+
+
+def _scope(instruction):
+    """The product of our layer that an instruction belongs to, or None."""
+    found = _SCOPE.search(instruction.op_name)
+    return found and found[1].replace("_", " ")
+
+
+def _name(instruction):
+    is_backward = "transpose(" in instruction.op_name
+    other = "other, backward pass" if is_backward else "other, forward pass"
+    return _scope(instruction) or other
+
+
+def _saved(forward, floating, others):
+    """What ``jax.vjp`` keeps, each array once."""
+
+    def kept(floating):
+        return jax.tree.leaves(jax.vjp(lambda f: forward(f, others), floating)[1])
+
+    jaxpr = jax.make_jaxpr(kept)(floating).jaxpr
+    arguments = set(map(id, jaxpr.invars))
+    for variable in {id(v): v for v in jaxpr.outvars}.values():
+        shape, dtype = variable.aval.shape, variable.aval.dtype
+        size = math.prod(shape) * dtype.itemsize
+        if size:
+            yield Saved(shape, str(dtype), size, id(variable) in arguments)
+
+
+def _collectives(compiled):
+    count, size = collections.Counter(), collections.Counter()
+    for instruction in collectives(compiled):
+        for dtype, shape in instruction.received:
+            key = instruction.collective, dtype
+            count[key] += 1
+            size[key] += math.prod(shape) * jnp.dtype(dtype).itemsize
+    return [
+        Collective(kind, dtype, number, size[kind, dtype])
+        for (kind, dtype), number in count.items()
+    ]

@@ -1,0 +1,102 @@
+"""The precision of each of the three products."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import concrete_or_error
+from jax.sharding import SingleDeviceSharding
+
+
+class Precision(NamedTuple):
+    """A precision for each product of a linear layer.
+
+    Each is what :func:`jax.lax.dot_general` takes: a ``jax.lax.Precision``, a
+    ``jax.lax.DotAlgorithmPreset``, the name of either, or None for the default. The
+    derivatives of a product have its precision.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxlinear
+      >>> precision = jaxlinear.Precision("tensorfloat32", weight_grad="highest")
+      >>> jaxlinear.linear(jnp.ones(3), jnp.ones((2, 3)), precision=precision)
+      Array([3., 3.], dtype=float32)
+    """
+
+    forward: lax.PrecisionLike = None
+    input_grad: lax.PrecisionLike = None
+    weight_grad: lax.PrecisionLike = None
+
+
+def checked_precision(precision):
+    """``precision`` as a ``Precision`` without names."""
+    if not isinstance(precision, Precision):
+        precision = Precision(precision, precision, precision)
+    return Precision(*map(_without_names, precision))
+
+
+def _without_names(precision):
+    if precision is None:  # The backward pass may be traced under another default.
+        precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    if type(precision) in (list, tuple) and len(precision) == 2:
+        return tuple(map(_without_names, precision))
+    if isinstance(precision, str):
+        precision = _NAMED.get(precision, precision)
+    if precision is lax.DotAlgorithmPreset.DEFAULT:
+        precision = lax.Precision.DEFAULT
+    if precision is None or isinstance(
+        precision, lax.Precision | lax.DotAlgorithmPreset | lax.DotAlgorithm
+    ):
+        return precision
+    raise ValueError(
+        "`precision` must be None, a jax.lax.Precision, a jax.lax.DotAlgorithmPreset, a"
+        f" jax.lax.DotAlgorithm, one of the names {', '.join(_NAMED)}, two of these for"
+        " the two operands, or a jaxlinear.Precision of three for the three products,"
+        f" got {precision!r}"
+    )
+
+
+# The names that JAX knows: of each `jax.lax.Precision` several.
+_NAMES = "default fastest bfloat16 high bfloat16_3x tensorfloat32 highest float32"
+_NAMED = {name: lax.Precision(name) for name in _NAMES.split()}
+_NAMED |= lax.DotAlgorithmPreset.__members__
+
+
+def check_support(precision, *arrays):
+    """Refuse algorithms that the device does not have, where the arrays are on one.
+
+    Inside a program that is being traced the device is not known: there JAX refuses
+    them, when it lowers the program.
+    """
+    try:
+        arrays = [jnp.asarray(concrete_or_error(None, a)) for a in arrays]
+    except jax.errors.ConcretizationTypeError:
+        return
+    device, dtype = min(arrays[0].devices(), key=lambda d: d.id), arrays[0].dtype
+    for algorithm in checked_precision(precision):
+        if not _is_supported(algorithm, dtype, device):
+            supported = [
+                n for n, p in _NAMED.items() if _is_supported(p, dtype, device)
+            ]
+            raise ValueError(
+                f"`precision` must be one of {', '.join(supported)} for {dtype} on"
+                f" {device.device_kind}, got {algorithm}"
+            )
+
+
+@functools.cache
+def _is_supported(precision, dtype, device):
+    if not isinstance(precision, lax.DotAlgorithmPreset | lax.DotAlgorithm):
+        return True  # Every compiler knows jax.lax.Precision.
+
+    def product(a, b):
+        return lax.dot(a, b, precision=precision)
+
+    on_device = SingleDeviceSharding(device)
+    operand = jax.ShapeDtypeStruct((8, 8), dtype, sharding=on_device)
+    try:
+        jax.jit(product).lower(operand, operand).compile()
+    except (TypeError, ValueError, jax.errors.JaxRuntimeError):
+        return False
+    return True

@@ -1,0 +1,210 @@
+"""What `explain` says is what was compiled."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from oracle import naive
+
+import jaxlinear.linen
+import jaxlinear.nnx
+from jaxlinear import Precision, explain, linear
+from jaxlinear._hlo import collectives, instructions
+
+ROWS, IN, OUT = 256, 512, 128
+X, W, B = (
+    jax.ShapeDtypeStruct(shape, "float32") for shape in ((ROWS, IN), (OUT, IN), (OUT,))
+)
+NAMES = ["forward product", "input gradient", "weight gradient"]
+THREE = Precision("highest", "high", "default")
+
+
+def facts(explanation):
+    return {
+        p.name: (p.count, *p.operands, p.accumulator, p.result, p.precision)
+        for p in explanation.products
+    }
+
+
+def test_the_three_products_with_their_dtypes_and_precisions():
+    layer = functools.partial(linear, dtype="bfloat16", precision=THREE)
+    bf16 = (1, "bfloat16", "bfloat16", "float32")
+    assert facts(explain(layer, X, W, B)) == {
+        "forward product": (*bf16, "bfloat16", "highest"),
+        "input gradient": (*bf16, "float32", "high"),
+        "weight gradient": (*bf16, "float32", "default"),
+    }
+
+
+def test_the_dtypes_are_those_of_the_device_and_not_those_of_the_source():
+    # CPUs have no product of float16: its operands become float32.
+    layer = functools.partial(linear, dtype="float16")
+    f32 = (1, "float32", "float32", "float32")
+    assert facts(explain(layer, X, W, B))["forward product"] == (
+        *f32,
+        "float16",
+        "default",
+    )
+
+
+def test_only_the_products_that_run_are_there():
+    def frozen(x):
+        return linear(x, np.ones((OUT, IN), np.float32))
+
+    assert [p.name for p in explain(frozen, X).products] == NAMES[:2]
+
+
+def test_one_row_is_multiplied_element_by_element_where_xla_does_so():
+    (*_, weight_gradient) = explain(linear, jnp.ones((1, IN)), W, B).products
+    assert weight_gradient.name == "weight gradient"
+    assert weight_gradient.runs_as == "elementwise"
+
+
+def test_products_of_other_layers_are_told_apart_by_the_pass():
+    found = explain(naive, X, W, B).products
+    assert [(p.name, p.count) for p in found] == [
+        ("other, forward pass", 1),
+        ("other, backward pass", 2),
+    ]
+
+
+def test_saved_bytes_are_those_of_the_residuals():
+    layer = functools.partial(linear, dtype="bfloat16")
+    explanation = explain(layer, X, W, B)
+    arguments = (jnp.zeros(a.shape, a.dtype) for a in (X, W, B))
+    _, vjp = jax.vjp(layer, *arguments)
+    assert explanation.saved_bytes == sum(a.nbytes for a in jax.tree.leaves(vjp))
+    assert {(a.shape, a.dtype, a.is_argument) for a in explanation.saved} == {
+        (X.shape, "bfloat16", False),
+        (W.shape, "bfloat16", False),
+    }
+
+
+def test_arguments_that_are_saved_are_said_to_be():
+    assert all(array.is_argument for array in explain(linear, X, W).saved)
+
+
+def test_an_array_that_two_layers_save_counts_once():
+    def twice(x, weight):
+        return linear(x, weight) + linear(x, weight)
+
+    assert explain(twice, X, W).saved_bytes == explain(linear, X, W).saved_bytes
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_collectives_with_their_bytes_on_each_device(axis_type):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
+
+    def sharded(array, *spec):
+        sharding = NamedSharding(mesh, PartitionSpec(*spec))
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+    layer = functools.partial(linear, dtype="bfloat16")
+    with jax.set_mesh(mesh):
+        explanation = explain(layer, sharded(X, "data"), sharded(W), sharded(B))
+    assert explanation.device.startswith("8 × ")
+    assert [p.name for p in explanation.products] == NAMES
+    # The sums of the gradients of the weight and of the bias.
+    (found,) = explanation.collectives
+    assert (found.kind, found.dtype, found.count) == ("all-reduce", "float32", 2)
+    assert found.bytes == 4 * (OUT * IN + OUT)
+
+
+def test_modules_of_each_kind_with_their_parameters_differentiated():
+    ours = nnx.Sequential(
+        jaxlinear.nnx.Linear(IN, 64, rngs=nnx.Rngs(0)),
+        nnx.Dropout(0.1, rngs=nnx.Rngs(0)),
+        jaxlinear.nnx.Linear(64, OUT, rngs=nnx.Rngs(0)),
+    )
+    assert [(p.name, p.count) for p in explain(ours, X).products] == [
+        (name, 2) for name in NAMES
+    ]
+    for module in (jaxlinear.linen.Linear(OUT), linen.Dense(OUT)):
+        assert sum(p.count for p in explain(module, X).products) == 3
+    (first, *_) = explain(nnx.Linear(IN, OUT, rngs=nnx.Rngs(0)), X).products
+    assert first.name == "other, forward pass"
+
+
+def test_a_loss_with_integer_labels():
+    def loss(weight, x, labels):
+        logits = linear(x, weight)
+        return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), labels, 1))
+
+    labels = jax.ShapeDtypeStruct((ROWS, 1), "int32")
+    assert [p.name for p in explain(loss, W, X, labels).products] == NAMES
+
+
+def test_it_prints_as_tables_that_a_notebook_renders():
+    explanation = explain(linear, X, W, B)
+    text = repr(explanation)
+    assert text == str(explanation) == explanation._repr_markdown_()
+    assert "| forward product |     1 | float32 × float32 |     float32 |" in text
+    assert f"Saved for the backward pass: {4 * (ROWS + OUT) * IN:,} bytes." in text
+    assert text.endswith("No collectives.")
+    for line in text.splitlines():
+        assert line.startswith("|") == line.endswith("|")
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        ((3, X), TypeError, "`function` must be callable, got int"),
+        ((linear,), ValueError, "`args` must have a floating array to different"),
+        ((lambda x: 1, X), ValueError, "`function` must return a floating array"),
+    ],
+)
+def test_what_cannot_be_explained_is_refused(call, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        explain(*call)
+
+
+# Lines of programs for accelerators, as XLA prints them.
+TPU = """
+  %all-gather.7 = bf16[128,256]{0,1:T(8,128)(2,1)} all-gather(%param_0.16), channel_id=1
+  %all-gather.9 = bf16[128,256]{0,1:T(8,128)(2,1)S(1)} all-gather(%p.2), channel_id=1
+  %fusion.3 = bf16[512,128]{1,0:T(8,128)} fusion(%param.1), kind=kLoop
+  %fusion.7 = bf16[128,256]{1,0:T(8,128)} fusion(%param.2), kind=kLoop
+  ROOT %convolution.5 = f32[128,128]{1,0:T(8,128)} convolution(%fusion.3, %fusion.7), \
+dim_labels=bf_oi->bf, operand_precision={highest,highest}, \
+metadata={op_name="jit(f)/jvp(forward_product)/dot_general" stack_frame_id=7}
+  %all-reduce.2 = (f32[128,256]{1,0:T(8,128)}, f32[128]{0:T(128)}) \
+all-reduce(%fusion.3, %fusion.7), channel_id=3, to_apply=%add
+"""
+GPU = """
+  %p.1 = f16[64,32]{1,0} parameter(0)
+  %p.2 = f16[48,32]{1,0} parameter(1)
+  %gemm.1 = (f32[64,48]{1,0}, s8[4194304]{0}) custom-call(%p.1, %p.2), \
+custom_call_target="__cublas$gemm", metadata={op_name="jit(f)/dot_general"}, \
+backend_config={"gemm_backend_config":{"precision_config":{"operand_precision":\
+["DEFAULT","HIGH"],"algorithm":"ALG_UNSET"}}}
+  %dot.2 = f32[64,48]{1,0} dot(%p.1, %p.2), algorithm=dot_tf32_tf32_f32_x3
+  %start = (bf16[16,4]{1,0}, bf16[64,4]{1,0}) all-gather-start(%p.1), channel_id=2
+  %done = bf16[64,4]{1,0} all-gather-done(%start)
+"""
+
+
+def test_programs_for_tpus_are_read():
+    program = instructions(TPU)
+    (product,) = [i for i in program if i.is_product]
+    assert product.operand_dtypes == ("bfloat16", "bfloat16")
+    assert product.results == (("float32", (128, 128)),)
+    assert (product.precision, product.runs_as) == ("highest", "convolution")
+    assert [(c.collective, c.received) for c in collectives(program)] == [
+        ("all-gather", (("bfloat16", (128, 256)),)),
+        ("all-reduce", (("float32", (128, 256)), ("float32", (128,)))),
+    ]
+
+
+def test_programs_for_gpus_are_read():
+    program = instructions(GPU)
+    library, dot = [i for i in program if i.is_product]
+    assert library.operand_dtypes == ("float16", "float16")
+    assert library.results[0] == ("float32", (64, 48))
+    assert (library.precision, library.runs_as) == ("default/high", "__cublas$gemm")
+    assert dot.precision == "dot_tf32_tf32_f32_x3"
+    (gather,) = collectives(program)
+    assert gather.received == (("bfloat16", (64, 4)),)
