@@ -1,0 +1,164 @@
+"""`python -m jaxlinear`: the accuracy of this machine, and what is said of it."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from jaxlinear import __main__ as command
+from jaxlinear import _accuracy
+from jaxlinear._accuracy import DTYPES, QUANTITIES, Measurement, measured
+
+LAYERS = "jaxlinear", "naive", "Flax"
+
+
+@pytest.fixture(scope="module")
+def measurements():
+    return {(m.dtype, m.quantity, m.layer, m.precision): m for m in measured()}
+
+
+def test_every_dtype_quantity_layer_and_precision_is_measured(measurements):
+    assert list(measurements) == [
+        (dtype, quantity, layer, precision)
+        for dtype in DTYPES
+        for precision in ("default", "highest")
+        for layer in LAYERS
+        for quantity in QUANTITIES
+    ]
+
+
+def test_on_cpu_rounding_explains_every_error_of_ours(measurements):
+    ours = [m for m in measurements.values() if m.layer == "jaxlinear"]
+    assert all(m.is_explained for m in ours)
+    # Nothing is exact either: something was computed, and compared.
+    assert all(1e-9 < m.error < 3e-3 for m in ours)
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        ("bfloat16", "∇B", "naive"),
+        ("bfloat16", "Y", "Flax"),
+        ("mixed", "∇W", "Flax"),
+        ("mixed", "∇B", "Flax"),
+    ],
+    ids=" ".join,
+)
+def test_sums_and_second_roundings_in_low_precision_are_not_explained(
+    measurements, cell
+):
+    assert not measurements[*cell, "default"].is_explained
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_an_operand_with_the_bits_of_tensorfloat32_would_be_seen(layer, monkeypatch):
+    # float16 has as many, and autodiff rounds the gradient to it, too.
+    def rounded(layer):
+        return lambda x, weight, bias, dtype: layer(
+            x.astype("float16").astype("float32"), weight, bias, dtype
+        )
+
+    layers = {layer: rounded(_accuracy._layers()[layer])}
+    monkeypatch.setattr(_accuracy, "_layers", lambda: layers)
+    monkeypatch.setattr(_accuracy, "DTYPES", {"float32": DTYPES["float32"]})
+    unexplained = {m.quantity for m in measured() if not m.is_explained}
+    assert unexplained == {"Y", "∇X", "∇W"}
+
+
+def test_not_a_number_is_not_explained():
+    assert not Measurement(
+        "float32", "Y", "jaxlinear", "default", math.nan, 1.0
+    ).is_explained
+
+
+def run(monkeypatch, found, *arguments):
+    monkeypatch.setattr(command, "measured", lambda: iter(found))
+    monkeypatch.setattr(sys, "argv", ["jaxlinear", *arguments])
+    return command.main()
+
+
+FOUND = [
+    Measurement("bfloat16", quantity, layer, "default", 1e-3, 2e-3)
+    for layer in LAYERS
+    for quantity in QUANTITIES
+]
+
+
+def with_error_in(layer):
+    (position,) = [
+        i for i, m in enumerate(FOUND) if (m.layer, m.quantity) == (layer, "∇W")
+    ]
+    found = list(FOUND)
+    found[position] = dataclasses.replace(found[position], error=3e-3)
+    return found
+
+
+def test_it_fails_if_and_only_if_an_error_of_ours_is_not_explained(monkeypatch, capsys):
+    assert run(monkeypatch, FOUND) == 0
+    assert "!" not in capsys.readouterr().out.replace("!:", "")
+    assert run(monkeypatch, with_error_in("naive")) == 0
+    assert "| 1.0e-03  | 3.0e-03! |" in squeezed(capsys.readouterr().out)
+    assert run(monkeypatch, with_error_in("jaxlinear")) == 1
+    assert "| bfloat16 ∇W | 3.0e-03! |" in squeezed(capsys.readouterr().out)
+
+
+def squeezed(text):
+    """``text`` with the cells of its table as narrow as they can be."""
+    while "|  " in text:
+        text = text.replace("|  ", "| ")
+    return text
+
+
+def test_json_is_printed_or_written_and_the_heat_map_drawn(
+    monkeypatch, capsys, tmp_path
+):
+    run(monkeypatch, FOUND, "--json")
+    printed = json.loads(capsys.readouterr().out)
+    file, image = tmp_path / "accuracy.json", tmp_path / "accuracy.png"
+    run(monkeypatch, FOUND, "--json", str(file), "--png", str(image))
+    written = json.loads(file.read_text())
+    for document in (printed, written):
+        assert len(document["measurements"]) == len(FOUND)
+        assert document["measurements"][0]["error"] == 1e-3
+        assert {"device", "date", "python", "jax", "flax"} < set(document)
+    assert image.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("option", ["--json", "--png"])
+def test_a_folder_that_does_not_exist_is_refused_first(monkeypatch, capsys, option):
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, None, option, "no/such/folder/file")
+    assert "its folder does not exist" in capsys.readouterr().err
+
+
+def test_without_flax_and_matplotlib_it_runs_and_says_what_is_missing():
+    program = (
+        "import sys; sys.modules['flax'] = sys.modules['matplotlib'] = None;"
+        " sys.argv[1:] = {}; import runpy;"
+        " runpy.run_module('jaxlinear', run_name='__main__')"
+    )
+
+    def result(arguments):
+        command = [sys.executable, "-c", program.format(arguments)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    found = result([])
+    assert found.returncode == 0
+    assert "Flax is not installed" in found.stdout
+    assert "naive, highest" in found.stdout
+    refused = result(["--png"])
+    assert refused.returncode == 2
+    assert "--png needs matplotlib" in refused.stderr
+
+
+def test_the_error_that_rounding_explains_is_the_one_of_a_rounded_array():
+    # Rounding alone: its root mean square is between u/√12 and u/√3 of the values.
+    exact = np.random.default_rng(0).normal(size=10_000)
+    rounded = exact.astype(np.float16).astype(np.float64)
+    error = np.linalg.norm(rounded - exact) / np.linalg.norm(exact)
+    explained = _accuracy._explained("float16", exact, np.abs(exact), 0)
+    assert 0.5 < error / explained < 1
