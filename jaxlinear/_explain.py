@@ -234,14 +234,14 @@ def _name(instruction):
 
 
 def _saved(forward, floating, others):
-    """What ``jax.vjp`` keeps, each array once."""
+    """What ``jax.vjp`` keeps."""
 
     def kept(floating):
         return jax.tree.leaves(jax.vjp(lambda f: forward(f, others), floating)[1])
 
     jaxpr = jax.make_jaxpr(kept)(floating).jaxpr
     arguments = set(map(id, jaxpr.invars))
-    for variable in {id(v): v for v in jaxpr.outvars}.values():
+    for variable in jaxpr.outvars:
         shape, dtype = variable.aval.shape, variable.aval.dtype
         size = math.prod(shape) * dtype.itemsize
         if size:

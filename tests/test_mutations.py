@@ -37,8 +37,8 @@ MUTANTS = {
     ),
     "weight gradient transposed": (
         "_products.py",
-        "_product(G, X, (leading, leading), W_type)",
-        "_product(X, G, (leading, leading), W_type)",
+        "_product(G, X, (leading, leading), W_type,",
+        "_product(X, G, (leading, leading), W_type,",
         "test_values.py::test_gradients_are_those_of_the_naive_formula",
     ),
     "input gradient of the transposed weight": (
@@ -61,14 +61,14 @@ MUTANTS = {
     ),
     "output rounded before the bias is added": (
         "_types.py",
-        "default = compute_dtype if bias is None else accumulator(compute_dtype)",
-        "default = compute_dtype",
+        "default = dtype if bias is None else accumulator(dtype)",
+        "default = dtype",
         "test_values.py::test_float16_output_survives_a_product_that_alone_would_overflow",
     ),
     "products that ignore the dtype in which they are reduced": (
         "_linear.py",
-        "cotangent_type(a, dtype, reduce_dtype)",
-        "cotangent_type(a, dtype, None)",
+        "cotangent_type(a, backward_dtype, gradient_precision, reduce_dtype)",
+        "cotangent_type(a, backward_dtype, gradient_precision, None)",
         "test_products.py::test_weight_gradient_is_rounded_to_the_dtype_in_which_it_is_reduced",
     ),
     "bfloat16 operands of a vmapped float32 product on CPU": (
@@ -97,8 +97,8 @@ MUTANTS = {
     ),
     "the result of a product of swapped operands not transposed back": (
         "_cpu.py",
-        "return cpu_product(b, a, contracted_axes, None).T",
-        "return cpu_product(b, a, contracted_axes, None).reshape(a.shape[-1], -1)",
+        "return cpu_product(b, a, *options).T",
+        "return cpu_product(b, a, *options).reshape(a.shape[-1], -1)",
         "test_products.py::test_weight_gradient_of_many_more_outputs_than_inputs",
     ),
     "widened operands, which are gathered one by one": (
@@ -106,6 +106,66 @@ MUTANTS = {
         "lax.optimization_barrier(product(a, b))",
         "widened(a, b)",
         "test_collectives.py::test_collectives_are_those_of_the_naive_formula[AxisType.Auto-fsdp over the input features-mixed]",
+    ),
+    "gradients with the precisions of each other": (
+        "_linear.py",
+        "precision.input_grad, precision.weight_grad, None",
+        "precision.weight_grad, precision.input_grad, None",
+        "test_precision.py::test_each_product_has_its_own_precision",
+    ),
+    "the default precision of the backward pass": (
+        "_precision.py",
+        "    if precision is None:  # The",
+        "    if False:  # The",
+        "test_precision.py::test_default_precision_is_that_under_which_the_call_is_made",
+    ),
+    "products without a precision on CPU": (
+        "_cpu.py",
+        "options = contracted_axes, precision, sharding",
+        "options = contracted_axes, None, sharding",
+        "test_precision.py::test_second_derivatives_have_the_precision_of_the_product_they_come_from",
+    ),
+    "an algorithm of low precision as JAX lowers it for CPU": (
+        "_cpu.py",
+        "        return precision in _ALGORITHMS",
+        "        return False",
+        "test_products.py::test_transposed_gradients_in_mixed_precision",
+    ),
+    "algorithms that are not checked": (
+        "_linear.py",
+        "    if precision is not None:\n",
+        "    if False:\n",
+        "test_precision.py::test_algorithm_that_the_device_does_not_have_is_refused",
+    ),
+    "backward products of the operands of the forward product": (
+        "_linear.py",
+        "X, W = x.value.astype(backward_dtype), weight.value.astype(backward_dtype)",
+        "X, W = X.astype(backward_dtype), W.astype(backward_dtype)",
+        "test_backward_dtype.py::test_gradients_that_float16_flushes_to_zero_survive",
+    ),
+    "operands cast again for the backward pass": (
+        "_linear.py",
+        "if backward_dtype != Y_type.dtype:",
+        "if True:",
+        "test_collectives.py::test_collectives_are_those_of_the_naive_formula[AxisType.Auto-fsdp over the input features-mixed]",
+    ),
+    "the hint of the other gradient": (
+        "_products.py",
+        'X_type, hint="grad_x"',
+        'X_type, hint="grad_y"',
+        "test_backward_dtype.py::test_alternative_float16_is_a_hint_on_the_two_backward_products",
+    ),
+    "a collective counted as often as XLA repeats it": (
+        "_hlo.py",
+        "channel[1] if channel else -position",
+        "-position",
+        "test_explain.py::test_programs_for_tpus_are_read",
+    ),
+    "a check of accuracy that never fails": (
+        "_accuracy.py",
+        "self.error <= self.explained",
+        "not self.error > self.explained",
+        "test_accuracy_check.py::test_not_a_number_is_not_explained",
     ),
     "output without its name": (
         "_linear.py",

@@ -11,9 +11,10 @@ from oracle import naive, random_problem, relative_error, wide
 from jaxlinear import linear
 
 
+@pytest.mark.parametrize("precision", [None, "BF16_BF16_F32"])
 @pytest.mark.parametrize("weight_axis", [None, 0, 2])
 @pytest.mark.parametrize("x_axis", [None, 0, 2])
-def test_transposed_gradients_in_mixed_precision(x_axis, weight_axis):
+def test_transposed_gradients_in_mixed_precision(x_axis, weight_axis, precision):
     # XLA's CPU backend folds the transpose into the product, and fails when it runs one
     # that takes bfloat16 operands and has a float32 result.
     x, weight, _, _ = random_problem((2, 3), 8, 2, "float32")
@@ -37,8 +38,9 @@ def test_transposed_gradients_in_mixed_precision(x_axis, weight_axis):
 
     # The two differ by their roundings, a few of half a bfloat16 eps each.
     tolerance = 4 * float(jnp.finfo("bfloat16").eps)
+    layer = functools.partial(linear, precision=precision)
     for ours, expected in zip(
-        gradients(linear)(x, weight), gradients(naive)(x, weight), strict=True
+        gradients(layer)(x, weight), gradients(naive)(x, weight), strict=True
     ):
         assert relative_error(ours, wide(expected)) < tolerance
 
