@@ -1,9 +1,12 @@
-"""Products of low precision in the form that XLA's CPU backend computes fastest.
+"""Products in the form that suits XLA's CPU backend.
 
-``python -m benchmarks --device cpu`` measures what each choice gains, and
-tests/test_random_programs.py that none of them fails. In float32 no form was found
-that is faster than the plain one at every shape.
+In low precision it is the fastest one: ``python -m benchmarks --device cpu`` measures
+what each choice gains, and tests/test_random_programs.py that none of them fails. In
+float32 no form was found that is faster than the plain one at every shape; at one row
+there is one that is more accurate.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +24,12 @@ _ALGORITHMS = {
 }
 
 
-def has_form_on_cpu(dtype, precision):
-    """Whether the product of operands in ``dtype`` has a form of its own here."""
+def has_form_on_cpu(a, b, contracted_axes, precision):
+    """Whether the product has a form of its own here."""
     if isinstance(precision, lax.DotAlgorithmPreset | lax.DotAlgorithm):
         return precision in _ALGORITHMS
-    return dtype != accumulator(dtype)
+    is_low = a.dtype != accumulator(a.dtype)
+    return is_low or _is_long_sum_of_one_row(a, b, contracted_axes)
 
 
 def cpu_product(a, b, contracted_axes, precision, sharding):
@@ -34,18 +38,38 @@ def cpu_product(a, b, contracted_axes, precision, sharding):
         dtype = _ALGORITHMS[precision]
         a, b, precision = a.astype(dtype), b.astype(dtype), None
     options = contracted_axes, precision, sharding
+
+    def widened(a, b):
+        wide = accumulator(a.dtype)
+        return _dot(a.astype(wide), b.astype(wide), *options)
+
+    if a.dtype == accumulator(a.dtype) and sharding is None:
+        return _where_alone(partial(_sum_in_blocks, precision=precision), widened)(a, b)
     # Only bfloat16 has a native path, and at one row memory is the limit.
-    if a.dtype != "bfloat16" or all(length == 1 for length in a.shape[:-1]):
-        return _widened(_dot)(a, b, *options)
+    if a.dtype != "bfloat16" or _is_one_row(a):
+        return widened(a, b)
     is_transposed = a.ndim - 1 not in contracted_axes[0]  # Gᵀ X
     if is_transposed and sharding is None and _is_cheaper_swapped(a, b):
         return cpu_product(b, a, *options).T
-
-    def product(a, b):
-        return (_transposed_dot if is_transposed else _dot)(a, b, *options)
-
     is_gathered = not is_transposed and _has_gathered_rows(a, sharding)
-    return _fenced(product, is_gathered)(a, b)
+
+    def fenced(a, b):
+        """A product of bfloat16 operands with a float32 result.
+
+        It is two to four times as fast as one with a bfloat16 result or float32
+        operands. But it fails when it runs ("Unsupported element type for DotThunk")
+        where XLA has folded a transpose into the result or into the first operand; the
+        barriers keep them out. `jax.vmap` over one operand puts one inside.
+
+        The second operand stays as it comes, and so does the first where it is about
+        to be gathered, which keeps transposes out as well: behind a barrier, the
+        gathered copy would not be shared with the other products of the layer.
+        """
+        a = a if is_gathered else lax.optimization_barrier(a)
+        dot = _transposed_dot if is_transposed else _dot
+        return lax.optimization_barrier(dot(a, b, *options))
+
+    return _where_alone(fenced, widened)(a, b)
 
 
 def _dot(a, b, contracted_axes, precision, sharding):
@@ -89,45 +113,46 @@ def _is_cheaper_swapped(G, X):
     return G.size > X.size + G.shape[-1] * X.shape[-1]
 
 
-def _widened(product):
-    """``product`` of operands that are cast to its accumulator."""
-
-    def widened(a, b, *options):
-        wide = accumulator(a.dtype)
-        return product(a.astype(wide), b.astype(wide), *options)
-
-    return widened
+def _is_one_row(a):
+    return all(length == 1 for length in a.shape[:-1])
 
 
-def _fenced(product, is_gathered):
-    """``product`` of bfloat16 operands with a float32 result, which cannot fail.
+_BLOCKS = 32
 
-    It is two to four times as fast as one with a bfloat16 result or float32 operands.
-    But it fails when it runs ("Unsupported element type for DotThunk") where XLA has
-    folded a transpose into the result or into the first operand; the barriers keep them
-    out. `jax.vmap` over one operand puts one inside. There, and where JAX
-    differentiates the product, the operands are widened: slower, and never fails.
 
-    The second operand stays as it comes, and so does the first where it is about to be
-    gathered, which keeps transposes out as well: behind a barrier, the gathered copy
-    would not be shared with the other products of the layer.
+def _is_long_sum_of_one_row(a, b, contracted_axes):
+    """Whether the product is G W at one row, with as many rows of W in each block."""
+    is_input_gradient = contracted_axes == ((a.ndim - 1,), (0,))
+    return is_input_gradient and _is_one_row(a) and b.shape[0] % _BLOCKS == 0
+
+
+def _sum_in_blocks(G, W, precision):
+    """G W at one row: as fast as the plain product, and several times as accurate.
+
+    The plain one adds up the rows of W one after the other.
     """
-    widened = _widened(product)
+    sums = lax.dot_general(
+        G.reshape(_BLOCKS, -1),
+        W.reshape(_BLOCKS, -1, W.shape[1]),
+        (((1,), (1,)), ((0,), (0,))),
+        precision=precision,
+    )
+    return jnp.sum(sums, 0).reshape(*G.shape[:-1], W.shape[1])
 
-    @custom_vmap
-    def fenced(a, b):
-        a = a if is_gathered else lax.optimization_barrier(a)
-        return lax.optimization_barrier(product(a, b))
 
-    @fenced.def_vmap
+def _where_alone(form, general):
+    """``form``, and ``general`` where JAX maps or differentiates it."""
+    alone = custom_vmap(form)
+
+    @alone.def_vmap
     def _(axis_size, is_batched, a, b):
         axes = [0 if batched else None for batched in is_batched]
-        return jax.vmap(widened, axes)(a, b), True
+        return jax.vmap(general, axes)(a, b), True
 
-    differentiable = jax.custom_jvp(fenced)
+    differentiable = jax.custom_jvp(alone)
 
     @differentiable.defjvp
     def _(primals, tangents):
-        return jax.jvp(widened, primals, tangents)
+        return jax.jvp(general, primals, tangents)
 
     return differentiable

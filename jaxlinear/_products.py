@@ -73,7 +73,7 @@ def _product(a, b, contracted_axes, product_type, hint=""):
         return cpu_product(a, b, contracted_axes, precision, sharding).astype(dtype)
 
     default = on_accelerator if product_type.has_alternative_float16 else plain
-    if not has_form_on_cpu(a.dtype, precision):
+    if not has_form_on_cpu(a, b, contracted_axes, precision):
         return plain(a, b)
     # Resolved when lowering: one exported program serves every platform.
     return lax.platform_dependent(a, b, cpu=on_cpu, default=default)

@@ -107,6 +107,12 @@ MUTANTS = {
         "widened(a, b)",
         "test_collectives.py::test_collectives_are_those_of_the_naive_formula[AxisType.Auto-fsdp over the input features-mixed]",
     ),
+    "one long sum at one row": (
+        "_cpu.py",
+        "_BLOCKS = 32",
+        "_BLOCKS = 1",
+        "test_accuracy.py::test_no_other_layer_is_more_accurate[the naive formula-float32-1]",
+    ),
     "gradients with the precisions of each other": (
         "_linear.py",
         "precision.input_grad, precision.weight_grad, None",
