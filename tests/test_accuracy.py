@@ -92,7 +92,7 @@ SIZES = {
     "one row": (1, 4096, 4096),
     "wide": (128, 4096, 4096),
     "square": (4096, 1024, 1024),
-    "many rows": (65_536, 256, 256),
+    "many rows": (65_536, 128, 128),
     "odd": (1000, 77, 130),
 }
 
@@ -252,7 +252,7 @@ PEERS = {
     "Equinox": of_equinox,
     "PyTorch": of_pytorch,
 }
-ROWS = {1: 1024, 128: 1024, 4096: 512, 65_536: 256}  # rows: features
+ROWS = {1: 1024, 128: 1024, 4096: 512, 65_536: 64}  # rows: features
 
 
 @functools.cache

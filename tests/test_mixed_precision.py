@@ -62,6 +62,16 @@ def test_parameter_gradients_keep_float32_accuracy_under_bfloat16_compute(device
         assert relative_error(actual, want) < 1e-5
 
 
+def test_weight_gradient_that_is_reduced_in_bfloat16_has_the_error_of_autodiff():
+    arguments, (expected, _) = problem()
+    reduced_in_bfloat16 = functools.partial(linear, reduce_dtype="bfloat16")
+    ours, autodiff = (
+        relative_error(parameter_gradients(layer, 8)(*arguments)[0], expected)
+        for layer in (reduced_in_bfloat16, naive)
+    )
+    assert ours == pytest.approx(autodiff, rel=1e-3)
+
+
 @pytest.mark.parametrize("layer", [naive, flax_linear], ids=["naive", "flax"])
 def test_autodiff_rounds_parameter_gradients_to_bfloat16_on_eight_devices(layer):
     # Why the test above proves something. On one device XLA may keep more precision

@@ -73,14 +73,14 @@ MUTANTS = {
     ),
     "bfloat16 operands of a vmapped float32 product on CPU": (
         "_cpu.py",
-        "product(a.astype(wide), b.astype(wide), *options)",
-        "product(a, b, *options)",
+        "_dot(a.astype(wide), b.astype(wide), *options)",
+        "_dot(a, b, *options)",
         "test_products.py::test_transposed_gradients_in_mixed_precision",
     ),
     "no barrier behind a float32 product on CPU": (
         "_cpu.py",
-        "lax.optimization_barrier(product(a, b))",
-        "product(a, b)",
+        "lax.optimization_barrier(dot(a, b, *options))",
+        "dot(a, b, *options)",
         "test_products.py::test_transposed_gradients_in_mixed_precision",
     ),
     "no barrier before a float32 product on CPU": (
@@ -103,14 +103,14 @@ MUTANTS = {
     ),
     "widened operands, which are gathered one by one": (
         "_cpu.py",
-        "lax.optimization_barrier(product(a, b))",
+        "lax.optimization_barrier(dot(a, b, *options))",
         "widened(a, b)",
         "test_collectives.py::test_collectives_are_those_of_the_naive_formula[AxisType.Auto-fsdp over the input features-mixed]",
     ),
     "one long sum at one row": (
         "_cpu.py",
-        "_BLOCKS = 32",
-        "_BLOCKS = 1",
+        "return is_input_gradient and _is_one_row(a)",
+        "return False and _is_one_row(a)",
         "test_accuracy.py::test_no_other_layer_is_more_accurate[the naive formula-float32-1]",
     ),
     "gradients with the precisions of each other": (
