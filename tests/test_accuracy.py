@@ -103,6 +103,15 @@ def test_each_element_is_half_a_unit_off_but_for_the_sum(size, dtypes):
     assert_half_a_unit_off_but_for_the_sum(dtypes[1], problem(*size, dtypes))
 
 
+def test_input_gradient_of_one_row_is_not_one_long_sum():
+    dtypes = DTYPES["float32"]
+    arrays = problem(1, 1024, 4096, dtypes)
+    _, weight, _, cotangent = arrays
+    (_, (want, _), *_) = expected(dtypes[1], arrays)
+    ours = relative_error(results(linear, dtypes[1], arrays)[1], want)
+    assert 3 * ours < relative_error(jax.jit(jnp.matmul)(cotangent, weight), want)
+
+
 @each_dtype
 def test_values_over_twenty_orders_of_magnitude(dtypes):
     # float16 has 12, subnormal numbers included.

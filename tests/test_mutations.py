@@ -111,7 +111,7 @@ MUTANTS = {
         "_cpu.py",
         "return is_input_gradient and _is_one_row(a)",
         "return False and _is_one_row(a)",
-        "test_accuracy.py::test_no_other_layer_is_more_accurate[the naive formula-float32-1]",
+        "test_accuracy.py::test_input_gradient_of_one_row_is_not_one_long_sum",
     ),
     "gradients with the precisions of each other": (
         "_linear.py",
