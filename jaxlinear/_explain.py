@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlinear._hlo import collectives, instructions
+from jaxlinear._hlo import bits, collectives, instructions
 from jaxlinear._table import table
 
 # The names that `_products.py` gives to the operations of each product.
@@ -236,10 +236,10 @@ def _name(instruction):
 def _saved(forward, floating, others):
     """What ``jax.vjp`` keeps."""
 
-    def kept(floating):
+    def kept(floating, others):
         return jax.tree.leaves(jax.vjp(lambda f: forward(f, others), floating)[1])
 
-    jaxpr = jax.make_jaxpr(kept)(floating).jaxpr
+    jaxpr = jax.make_jaxpr(kept)(floating, others).jaxpr
     arguments = set(map(id, jaxpr.invars))
     for variable in jaxpr.outvars:
         shape, dtype = variable.aval.shape, variable.aval.dtype
@@ -254,7 +254,7 @@ def _collectives(compiled):
         for dtype, shape in instruction.received:
             key = instruction.collective, dtype
             count[key] += 1
-            size[key] += math.prod(shape) * jnp.dtype(dtype).itemsize
+            size[key] += math.prod(shape) * bits(dtype) // 8
     return [
         Collective(kind, dtype, number, size[kind, dtype])
         for (kind, dtype), number in count.items()

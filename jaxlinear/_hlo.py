@@ -7,7 +7,7 @@ import re
 _INSTRUCTION = re.compile(
     r"^ +(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)(.*)$", re.MULTILINE
 )
-_ARRAY = re.compile(r"\b([a-z]+\d\w*|pred)\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b(pred|[a-z]+(?=\d))(\d*)(\w*)\[([\d,]*)\]")
 _LIBRARY = re.compile(r'custom_call_target="[^"]*(?:gemm|matmul)', re.IGNORECASE)
 _COLLECTIVE = re.compile(
     r"(all-gather|all-reduce|reduce-scatter|(?:ragged-)?all-to-all|collective-[a-z]+)"
@@ -68,8 +68,8 @@ def instructions(text):
     found, readers = {}, {}
     for name, type_, opcode, operands, attributes in _INSTRUCTION.findall(text):
         results = tuple(
-            (_long_name(dtype), tuple(int(n) for n in shape.split(",") if n))
-            for dtype, shape in _ARRAY.findall(type_)
+            (_long_name(*dtype), tuple(int(n) for n in shape.split(",") if n))
+            for *dtype, shape in _ARRAY.findall(type_)
         )
         op_name = re.search(r'op_name="([^"]*)"', attributes)
         op_name = op_name[1] if op_name else ""
@@ -97,6 +97,12 @@ def collectives(program):
     return list(channels.values())
 
 
-def _long_name(dtype):
-    """``bfloat16`` for ``bf16``, as NumPy would write it."""
-    return re.sub("^[a-z]+", lambda letters: _LONG_NAMES[letters[0]], dtype)
+def _long_name(letters, size, rest):
+    """``bfloat16`` for ``bf16`` and ``float8_e5m2`` for ``f8e5m2``, as JAX has it."""
+    return "_".join(filter(None, (_LONG_NAMES[letters] + size, rest)))
+
+
+def bits(dtype):
+    """The bits of an element, of a dtype with its long name."""
+    size = re.search(r"\d+", dtype)
+    return int(size[0]) if size else 8

@@ -69,15 +69,20 @@ def check_support(precision, *arrays):
     Inside a program that is being traced the device is not known: there JAX refuses
     them, when it lowers the program.
     """
+    algorithms = [p for p in checked_precision(precision) if _is_algorithm(p)]
+    if not algorithms:  # Every device has each jax.lax.Precision.
+        return
     try:
-        arrays = [jnp.asarray(concrete_or_error(None, a)) for a in arrays]
+        array, *_ = (concrete_or_error(None, jnp.asarray(a)) for a in arrays)
     except jax.errors.ConcretizationTypeError:
         return
-    device, dtype = min(arrays[0].devices(), key=lambda d: d.id), arrays[0].dtype
-    for algorithm in checked_precision(precision):
-        if not _is_supported(algorithm, dtype, device):
+    device, dtype = min(array.devices(), key=lambda d: d.id), array.dtype
+    for algorithm in algorithms:
+        if not _has_algorithm(device, algorithm, dtype):
             supported = [
-                n for n, p in _NAMED.items() if _is_supported(p, dtype, device)
+                name
+                for name, p in _NAMED.items()
+                if not _is_algorithm(p) or _has_algorithm(device, p, dtype)
             ]
             raise ValueError(
                 f"`precision` must be one of {', '.join(supported)} for {dtype} on"
@@ -85,13 +90,16 @@ def check_support(precision, *arrays):
             )
 
 
+def _is_algorithm(precision):
+    return isinstance(precision, lax.DotAlgorithmPreset | lax.DotAlgorithm)
+
+
 @functools.cache
-def _is_supported(precision, dtype, device):
-    if not isinstance(precision, lax.DotAlgorithmPreset | lax.DotAlgorithm):
-        return True  # Every compiler knows jax.lax.Precision.
+def _has_algorithm(device, algorithm, dtype):
+    """Whether the device's compiler takes a product with it: nothing lists them."""
 
     def product(a, b):
-        return lax.dot(a, b, precision=precision)
+        return lax.dot(a, b, precision=algorithm)
 
     on_device = SingleDeviceSharding(device)
     operand = jax.ShapeDtypeStruct((8, 8), dtype, sharding=on_device)

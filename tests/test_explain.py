@@ -13,7 +13,7 @@ from oracle import naive
 import jaxlinear.linen
 import jaxlinear.nnx
 from jaxlinear import Precision, explain, linear
-from jaxlinear._hlo import collectives, instructions
+from jaxlinear._hlo import bits, collectives, instructions
 
 ROWS, IN, OUT = 256, 512, 128
 X, W, B = (
@@ -182,6 +182,7 @@ custom_call_target="__cublas$gemm", metadata={op_name="jit(f)/dot_general"}, \
 backend_config={"gemm_backend_config":{"precision_config":{"operand_precision":\
 ["DEFAULT","HIGH"],"algorithm":"ALG_UNSET"}}}
   %dot.2 = f32[64,48]{1,0} dot(%p.1, %p.2), algorithm=dot_tf32_tf32_f32_x3
+  %start.1 = (pred[4], f8e4m3fn[16,4]{1,0}) collective-permute-start(%p.1), channel_id=5
   %start = (bf16[16,4]{1,0}, bf16[64,4]{1,0}) all-gather-start(%p.1), channel_id=2
   %done = bf16[64,4]{1,0} all-gather-done(%start)
 """
@@ -206,5 +207,8 @@ def test_programs_for_gpus_are_read():
     assert library.results[0] == ("float32", (64, 48))
     assert (library.precision, library.runs_as) == ("default/high", "__cublas$gemm")
     assert dot.precision == "dot_tf32_tf32_f32_x3"
-    (gather,) = collectives(program)
+    permute, gather = collectives(program)
+    assert permute.received == (("float8_e4m3fn", (16, 4)),)
     assert gather.received == (("bfloat16", (64, 4)),)
+    assert [bits(array[0]) for array in permute.results] == [8, 8]
+    assert bits(gather.received[0][0]) == 16
