@@ -126,14 +126,13 @@ def linear(
     apply = _checked_linear if bare else _jitted_linear
     if precision is not None:
         check_support(precision, x, weight)
-    return apply(
-        x, weight, bias, dtype, precision, backward_dtype, reduce_dtype, out_sharding
-    )
+    # As one static argument, since each costs time in every call.
+    options = dtype, precision, backward_dtype, reduce_dtype, out_sharding
+    return apply(x, weight, bias, options)
 
 
-def _checked_linear(
-    x, weight, bias, dtype, precision, backward_dtype, reduce_dtype, out_sharding
-):
+def _checked_linear(x, weight, bias, options):
+    dtype, precision, backward_dtype, reduce_dtype, out_sharding = options
     x, weight = checked_array("x", x), checked_array("weight", weight)
     bias = None if bias is None else checked_array("bias", bias)
     check_shapes(x, weight, bias)
@@ -153,7 +152,7 @@ def _checked_linear(
     return checkpoint_name(_linear(*operands, Y_type, types), "linear")
 
 
-_jitted_linear = jax.jit(_checked_linear, static_argnums=range(3, 8))
+_jitted_linear = jax.jit(_checked_linear, static_argnums=3)
 
 save_linear_outputs = jax.checkpoint_policies.save_only_these_names("linear")
 """A policy for ``jax.checkpoint``: save the result of every ``linear``, so that the

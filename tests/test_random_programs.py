@@ -20,7 +20,7 @@ from oracle import wide
 from jaxlinear import linear
 
 BASE_SEED, CASES_PER_PROGRAM = 0, 50
-CASES = int(os.environ.get("RANDOM_PROGRAMS", "5000"))
+CASES = int(os.environ.get("RANDOM_PROGRAMS", "2000"))
 
 # JAX 0.10 still has XLA's older emitters of fusions, which compile in a sixth of the
 # time. They come after the passes that choose the products.
