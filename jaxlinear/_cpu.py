@@ -43,6 +43,7 @@ def cpu_product(a, b, contracted_axes, precision, sharding):
         wide = accumulator(a.dtype)
         return _dot(a.astype(wide), b.astype(wide), *options)
 
+    # Of float32 operands only a long sum of one row comes here.
     if a.dtype == accumulator(a.dtype) and sharding is None:
         return _where_alone(partial(_sum_in_blocks, precision=precision), widened)(a, b)
     # Only bfloat16 has a native path, and at one row memory is the limit.
