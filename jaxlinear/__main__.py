@@ -19,7 +19,6 @@ def main():
     options = _options()
     device = jax.devices()[0].device_kind
     measurements = list(measured())
-    unexplained = [m for m in measurements if not m.is_explained]
     if options.json == "-":
         print(_as_json(measurements, device))
     else:
@@ -28,7 +27,8 @@ def main():
         pathlib.Path(options.json).write_text(_as_json(measurements, device))
     if options.png:
         _draw(measurements, device, options.png)
-    return int(any(m.layer == "jaxlinear" for m in unexplained))
+    ours = (m for m in measurements if m.layer == "jaxlinear")
+    return int(not all(m.is_explained for m in ours))
 
 
 def _options():

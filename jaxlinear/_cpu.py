@@ -15,6 +15,7 @@ from jax.custom_batching import custom_vmap
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxlinear._precision import is_algorithm
 from jaxlinear._types import accumulator
 
 # Algorithms of low precision that JAX lowers for CPU, and the dtype of their operands.
@@ -26,7 +27,7 @@ _ALGORITHMS = {
 
 def has_form_on_cpu(a, b, contracted_axes, precision):
     """Whether the product has a form of its own here."""
-    if isinstance(precision, lax.DotAlgorithmPreset | lax.DotAlgorithm):
+    if is_algorithm(precision):
         return precision in _ALGORITHMS
     is_low = a.dtype != accumulator(a.dtype)
     return is_low or _is_long_sum_of_one_row(a, b, contracted_axes)

@@ -29,6 +29,10 @@ class Precision(NamedTuple):
     weight_grad: lax.PrecisionLike = None
 
 
+def is_algorithm(precision):
+    return isinstance(precision, lax.DotAlgorithmPreset | lax.DotAlgorithm)
+
+
 def checked_precision(precision):
     """``precision`` as a ``Precision`` without names."""
     if not isinstance(precision, Precision):
@@ -45,9 +49,8 @@ def _without_names(precision):
         precision = _NAMED.get(precision, precision)
     if precision is lax.DotAlgorithmPreset.DEFAULT:
         precision = lax.Precision.DEFAULT
-    if precision is None or isinstance(
-        precision, lax.Precision | lax.DotAlgorithmPreset | lax.DotAlgorithm
-    ):
+    is_known = precision is None or isinstance(precision, lax.Precision)
+    if is_known or is_algorithm(precision):
         return precision
     raise ValueError(
         "`precision` must be None, a jax.lax.Precision, a jax.lax.DotAlgorithmPreset, a"
@@ -69,7 +72,7 @@ def check_support(precision, *arrays):
     Inside a program that is being traced the device is not known: there JAX refuses
     them, when it lowers the program.
     """
-    algorithms = [p for p in checked_precision(precision) if _is_algorithm(p)]
+    algorithms = [p for p in checked_precision(precision) if is_algorithm(p)]
     if not algorithms:  # Every device has each jax.lax.Precision.
         return
     try:
@@ -82,16 +85,12 @@ def check_support(precision, *arrays):
             supported = [
                 name
                 for name, p in _NAMED.items()
-                if not _is_algorithm(p) or _has_algorithm(device, p, dtype)
+                if not is_algorithm(p) or _has_algorithm(device, p, dtype)
             ]
             raise ValueError(
                 f"`precision` must be one of {', '.join(supported)} for {dtype} on"
                 f" {device.device_kind}, got {algorithm}"
             )
-
-
-def _is_algorithm(precision):
-    return isinstance(precision, lax.DotAlgorithmPreset | lax.DotAlgorithm)
 
 
 @functools.cache

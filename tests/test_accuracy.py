@@ -14,17 +14,10 @@ import numpy as np
 import pytest
 from oracle import exact, naive, random_array, relative_error, wide
 
-from jaxlinear import linear
+from jaxlinear import _accuracy, linear
+from jaxlinear._accuracy import DTYPES, QUANTITIES
 
 SUM_ROUNDOFF = float(jnp.finfo("float32").eps) / 2
-QUANTITIES = "Y", "∇X", "∇W", "∇B"
-# name: dtype of the arguments, dtype of the computation
-DTYPES = {
-    "float16": ("float16", "float16"),
-    "bfloat16": ("bfloat16", "bfloat16"),
-    "float32": ("float32", "float32"),
-    "mixed": ("float32", "bfloat16"),
-}
 each_dtype = pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
 
 
@@ -202,22 +195,6 @@ def test_no_subnormal_is_lost_that_the_naive_formula_keeps(rows, dtypes):
 # The same layer in other libraries. Each returns Y, ∇X, ∇W and ∇B.
 
 
-def of_nnx(dtype, arrays):
-    from flax import nnx
-
-    def layer(x, weight, bias, dtype):
-        module = nnx.Linear(
-            *weight.shape[::-1],
-            dtype=dtype,
-            kernel_init=lambda *_: weight.T,
-            bias_init=lambda *_: bias,
-            rngs=nnx.Rngs(0),
-        )
-        return module(x)
-
-    return results(layer, dtype, arrays)
-
-
 def of_linen(dtype, arrays):
     from flax import linen
 
@@ -256,7 +233,7 @@ def of_pytorch(dtype, arrays):
 
 PEERS = {
     "the naive formula": functools.partial(results, naive),
-    "Flax NNX": of_nnx,
+    "Flax NNX": functools.partial(results, _accuracy._flax),
     "Flax Linen": of_linen,
     "Equinox": of_equinox,
     "PyTorch": of_pytorch,
