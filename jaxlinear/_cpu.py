@@ -1,18 +1,26 @@
-"""Products in the form that suits XLA's CPU backend.
+"""Products in the form that suits XLA's CPU backend, on CPUs of two kinds.
 
-In low precision it is the fastest one: ``python -m benchmarks --device cpu`` measures
-what each choice gains, and tests/test_random_programs.py that none of them fails. In
-float32 no form was found that is faster than the plain one at every shape; at one row
-there is one that is more accurate.
+A CPU with bfloat16 instructions has a fast product of bfloat16 operands. On any other
+one the fastest product, and the safest, is that of operands cast to float32.
+``python -m benchmarks --device cpu`` measures what each choice gains, and
+tests/test_random_programs.py that none of them fails. In float32 no form was found that
+is faster than the plain one at every shape; at one row there is one that is more
+accurate.
+
+The form is chosen when a program is traced. An exported program keeps that of the
+machine on which it was exported: it runs everywhere, with the same values.
 """
 
+import functools
+import re
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import export, lax
 from jax.custom_batching import custom_vmap
-from jax.sharding import NamedSharding
+from jax.experimental import serialize_executable
+from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlinear._precision import is_algorithm
@@ -23,6 +31,50 @@ _ALGORITHMS = {
     lax.DotAlgorithmPreset.BF16_BF16_F32: "bfloat16",
     lax.DotAlgorithmPreset.F16_F16_F16: "float16",
 }
+
+
+NATIVE, SHARED, WIDENED = "native", "shared", "widened"
+
+REASONS = {
+    NATIVE: (
+        "bfloat16 operands are multiplied as they are, because this CPU has bfloat16"
+        " instructions; in float32 where JAX maps or differentiates a product."
+    ),
+    SHARED: (
+        "bfloat16 operands are multiplied as they are, because there are several CPU"
+        " devices: an operand that is cast is gathered for each product again. This CPU"
+        " has no bfloat16 instructions: on one device they are multiplied in float32."
+    ),
+    WIDENED: (
+        "bfloat16 operands are multiplied in float32, because this CPU has no bfloat16"
+        " instructions."
+    ),
+}
+
+
+@functools.cache
+def bfloat16_form():
+    """How bfloat16 operands are multiplied in this process: a key of ``REASONS``."""
+    if _has_bfloat16_instructions():
+        return NATIVE
+    # A program can be split where there are several devices, of any process.
+    return SHARED if jax.device_count("cpu") > 1 else WIDENED
+
+
+def _has_bfloat16_instructions():
+    """Whether XLA compiles for a CPU with AVX-512 BF16 or AMX: False if it can't say.
+
+    XLA stores the features of its target machine, which ``XLA_FLAGS`` may restrict,
+    with every compiled program.
+    """
+    cpu = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    scalar = jax.ShapeDtypeStruct((), "float32", sharding=cpu)
+    compiled = jax.jit(lambda x: x).lower(scalar).compile()
+    try:
+        program, *_ = serialize_executable.serialize(compiled)
+    except (RuntimeError, ValueError):
+        return False
+    return re.search(rb"\+(avx512bf16|amx-bf16)\b", program) is not None
 
 
 def has_form_on_cpu(a, b, contracted_axes, precision):
@@ -50,25 +102,30 @@ def cpu_product(a, b, contracted_axes, precision, sharding):
     # Only bfloat16 has a native path, and at one row memory is the limit.
     if a.dtype != "bfloat16" or _is_one_row(a):
         return widened(a, b)
+    form = bfloat16_form()
+    if form == WIDENED:
+        return widened(a, b)
     is_transposed = a.ndim - 1 not in contracted_axes[0]  # Gᵀ X
-    if is_transposed and sharding is None and _is_cheaper_swapped(a, b):
+    is_copied = is_transposed and form == NATIVE
+    if is_copied and sharding is None and _is_cheaper_swapped(a, b):
         return cpu_product(b, a, *options).T
     is_gathered = not is_transposed and _has_gathered_rows(a, sharding)
 
     def fenced(a, b):
         """A product of bfloat16 operands with a float32 result.
 
-        It is two to four times as fast as one with a bfloat16 result or float32
-        operands. But it fails when it runs ("Unsupported element type for DotThunk")
-        where XLA has folded a transpose into the result or into the first operand; the
-        barriers keep them out. `jax.vmap` over one operand puts one inside.
+        With bfloat16 instructions it is two to four times as fast as one with a
+        bfloat16 result or float32 operands. But it fails when it runs ("Unsupported
+        element type for DotThunk") where XLA has folded a transpose into the result or
+        into the first operand; the barriers keep them out. `jax.vmap` over one operand
+        puts one inside.
 
         The second operand stays as it comes, and so does the first where it is about
         to be gathered, which keeps transposes out as well: behind a barrier, the
         gathered copy would not be shared with the other products of the layer.
         """
         a = a if is_gathered else lax.optimization_barrier(a)
-        dot = _transposed_dot if is_transposed else _dot
+        dot = _transposed_dot if is_copied else _dot
         return lax.optimization_barrier(dot(a, b, *options))
 
     return _where_alone(fenced, widened)(a, b)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlinear import _cpu
 from jaxlinear._hlo import bits, collectives, instructions
 from jaxlinear._table import table
 
@@ -64,6 +65,7 @@ class Explanation:
     products: tuple[Product, ...]
     saved: tuple[Saved, ...]
     collectives: tuple[Collective, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def saved_bytes(self) -> int:
@@ -74,6 +76,7 @@ class Explanation:
         parts = [
             f"On {self.device}:",
             _table(self.products) or "No products.",
+            *self.notes,
             f"Saved for the backward pass: {self.saved_bytes:,} bytes.",
             _table(self.saved),
             _table(self.collectives) or "No collectives.",
@@ -155,11 +158,13 @@ def explain(function, *args) -> Explanation:
     asked = instructions(lowered.as_text("hlo", debug_info=True))
     compiled = instructions(lowered.compile().as_text())
     devices = shardings[0].device_set
+    device = min(devices, key=lambda d: d.id)
     return Explanation(
-        f"{len(devices)} × {min(devices, key=lambda d: d.id).device_kind}",
+        f"{len(devices)} × {device.device_kind}",
         tuple(_products(asked, compiled)),
         tuple(_saved(forward, floating, others)),
         tuple(_collectives(compiled)),
+        tuple(_notes(asked, device.platform)),
     )
 
 
@@ -219,6 +224,19 @@ def _products(asked, compiled):
             yield Product(
                 name, count, operands, accumulator, result, precision, runs_as
             )
+
+
+def _notes(asked, platform):
+    """What was chosen for the platform, and why."""
+    # Those of operands before they are cast for the product, too.
+    dtypes = {d for i in asked if _scope(i) for d in i.operand_dtypes}
+    if platform == "cpu" and "bfloat16" in dtypes:
+        yield _cpu.REASONS[_cpu.bfloat16_form()]
+    if platform in ("gpu", "cuda", "rocm") and dtypes & {"bfloat16", "float16"}:
+        yield (
+            "A bias is added in the dtype in which the forward product leaves:"
+            " by default that of Y on GPUs, which would else write a float32 array."
+        )
 
 
 def _scope(instruction):

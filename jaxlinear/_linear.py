@@ -60,7 +60,9 @@ def linear(
 
     with the leading axes contracted in ∇W and summed in ∇B. Each product is
     accumulated in at least float32 and rounded once: Y to ``dtype``, each gradient
-    to the dtype of its own argument. With float32 weights and ``dtype=bfloat16``
+    to the dtype of its own argument. GPUs alone round Y before the bias is added, too,
+    as the naive formula does, unless ``reduce_dtype`` is float32: what is not rounded
+    would be written to memory first. With float32 weights and ``dtype=bfloat16``
     the weight gradient therefore never passes through bfloat16. Reverse mode of any
     order is supported, and forward mode of a gradient (``jax.hessian``); forward mode
     of the layer itself needs :func:`jaxlinear.plain_autodiff`.
@@ -71,7 +73,8 @@ def linear(
     Args:
       x: input, with at least one axis. Integers are promoted as in ``jax.numpy``.
       weight: matrix (out, in), the layout of PyTorch.
-      bias: vector (out,), or None. It is added before Y is rounded.
+      bias: vector (out,), or None. It is added in the dtype in which the product leaves
+        its accumulator.
       dtype: floating or complex dtype of the product's operands and of the result.
         Default: the promoted dtype of the arguments.
       precision: precision of the products, as in :func:`jax.lax.dot_general`, or a
@@ -90,7 +93,7 @@ def linear(
         ``dtype`` or ``backward_dtype``, or its accumulator (float32 for bfloat16).
         Default: the dtype of each result, or the accumulator's where another rounding
         would follow: for a gradient of another dtype than the product's operands, and
-        for Y with a bias. With float32 weights and ``dtype=bfloat16``,
+        for Y with a bias, but not on GPUs. With float32 weights and ``dtype=bfloat16``,
         ``reduce_dtype=bfloat16`` halves the bytes that data parallelism sends, and
         rounds the weight gradient to bfloat16. The bias and its gradient stay as they
         are.

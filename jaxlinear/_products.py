@@ -4,6 +4,8 @@ X is (*, in), W (out, in), B (out,), and G and Y are (*, out). Each function cas
 operands, accumulates in at least float32 and rounds to the type that it is given.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -15,12 +17,25 @@ from jaxlinear._types import accumulator, round_to
 
 @jax.named_scope("forward_product")
 def forward_product(X, W, B, Y_type):
-    """Y = X Wᵀ + B."""
-    Y = _product(X, W, ((X.ndim - 1,), (1,)), Y_type)
-    if B is not None:
-        wide = accumulator(Y_type.dtype)
-        Y = Y.astype(wide) + jnp.expand_dims(B.astype(wide), range(Y.ndim - 1))
-    return Y.astype(Y_type.dtype)
+    """Y = X Wᵀ + B. B is added in the dtype in which the product leaves."""
+
+    def leaving_in(dtype):
+        left = dataclasses.replace(Y_type, reduce_dtype=dtype)
+
+        def forward(X, W, B):
+            Y = _product(X, W, ((X.ndim - 1,), (1,)), left)
+            if B is not None:
+                Y = Y + jnp.expand_dims(B.astype(dtype), range(Y.ndim - 1))
+            return Y.astype(Y_type.dtype)
+
+        return forward
+
+    if Y_type.reduce_dtype is not None:
+        return leaving_in(Y_type.reduce_dtype)(X, W, B)
+    # TPUs and CPUs add the bias before anything is rounded, at no cost. XLA for GPUs
+    # would first write the float32 product to memory (tests/targets).
+    rounded, wide = leaving_in(Y_type.dtype), leaving_in(accumulator(Y_type.dtype))
+    return lax.platform_dependent(X, W, B, cuda=rounded, rocm=rounded, default=wide)
 
 
 @jax.named_scope("input_gradient")
@@ -44,6 +59,11 @@ def bias_gradient(G, B_type):
     grad_B = jnp.sum(G, range(G.ndim - 1), dtype=accumulator(G.dtype))
     if B_type.sharding is not None:
         grad_B = jax.sharding.reshard(grad_B, B_type.sharding)
+    if grad_B.dtype != B_type.dtype:
+        # Else XLA for TPUs rounds first, and adds up over the devices what is rounded.
+        grad_B = lax.platform_dependent(
+            grad_B, tpu=lax.optimization_barrier, default=lambda grad_B: grad_B
+        )
     return round_to(B_type.dtype, grad_B)
 
 

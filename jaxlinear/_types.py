@@ -17,12 +17,13 @@ class ProductType:
     The operands are cast to ``operand_dtype`` and multiplied with ``precision``.
     ``reduce_dtype`` is the dtype in which the product leaves its accumulator, and so
     the one in which XLA adds the partial sums of several devices; the result is then
-    rounded to ``dtype``. ``sharding`` is None where the mesh has no explicit axes.
+    rounded to ``dtype``; None is the best of the platform, for Y with a bias.
+    ``sharding`` is None where the mesh has no explicit axes.
     """
 
     operand_dtype: jnp.dtype
     precision: lax.PrecisionLike
-    reduce_dtype: jnp.dtype
+    reduce_dtype: jnp.dtype | None
     dtype: jnp.dtype
     sharding: NamedSharding | PartitionSpec | None
     has_alternative_float16: bool = False
@@ -45,7 +46,8 @@ def accumulator(dtype):
 
 def output_type(dtype, precision, reduce_dtype, bias, out_sharding):
     """The type of Y, which the product rounds unless there is a bias to be added."""
-    default = dtype if bias is None else accumulator(dtype)
+    is_rounded_later = bias is not None and dtype != accumulator(dtype)
+    default = None if is_rounded_later else dtype
     reduce_dtype = _own_dtype(reduce_dtype, dtype) or default
     return ProductType(dtype, precision, reduce_dtype, dtype, out_sharding)
 

@@ -12,6 +12,9 @@ os.environ["XLA_FLAGS"] = (
 
 import hypothesis
 import jax
+import pytest
+
+from jaxlinear import _cpu
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -20,3 +23,19 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # No deadline: an example compiles several programs.
 hypothesis.settings.register_profile("jaxlinear", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("jaxlinear")
+
+# The form of bfloat16 products on CPU, where it is not to be that of this machine.
+if form := os.environ.get("BFLOAT16_FORM"):
+    _cpu.bfloat16_form = lambda: form
+
+
+@pytest.fixture
+def use_form(monkeypatch):
+    """A function that puts another form of bfloat16 products in force for the test."""
+
+    def use(form):
+        monkeypatch.setattr(_cpu, "bfloat16_form", lambda: form)
+        jax.clear_caches()
+
+    yield use
+    jax.clear_caches()

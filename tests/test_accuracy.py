@@ -261,8 +261,9 @@ def largest_ratio(name, quantity, peer):
         # of autodiff and multiplies in float32, in shorter blocks than in bfloat16.
         return 4
     if name == "float32":
-        # PyTorch's library adds up shorter blocks than XLA's.
-        return 1.8 if peer == "PyTorch" else 1.5
+        # PyTorch's library adds up shorter blocks than XLA's: how short depends on the
+        # CPU. On one without AVX-512 the ratio is 2.3.
+        return 3 if peer == "PyTorch" else 1.5
     # The same sums but for a few near ties, which are rounded to the other side.
     return 1.0001
 

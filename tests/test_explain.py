@@ -12,7 +12,7 @@ from oracle import naive
 
 import jaxlinear.linen
 import jaxlinear.nnx
-from jaxlinear import Precision, explain, linear
+from jaxlinear import Precision, _cpu, explain, linear
 from jaxlinear._hlo import bits, collectives, instructions
 
 ROWS, IN, OUT = 256, 512, 128
@@ -30,7 +30,8 @@ def facts(explanation):
     }
 
 
-def test_the_three_products_with_their_dtypes_and_precisions():
+def test_the_three_products_with_their_dtypes_and_precisions(use_form):
+    use_form(_cpu.NATIVE)
     layer = functools.partial(linear, dtype="bfloat16", precision=THREE)
     bf16 = (1, "bfloat16", "bfloat16", "float32")
     assert facts(explain(layer, X, W, B)) == {
@@ -136,6 +137,15 @@ def test_a_loss_with_integer_labels():
 
     labels = jax.ShapeDtypeStruct((ROWS, 1), "int32")
     assert [p.name for p in explain(loss, W, X, labels).products] == NAMES
+
+
+@pytest.mark.parametrize("form", _cpu.REASONS)
+def test_the_form_of_bfloat16_products_and_why_it_is_that_one(form, use_form):
+    use_form(form)
+    layer = functools.partial(linear, dtype="bfloat16")
+    assert explain(layer, X, W, B).notes == (_cpu.REASONS[form],)
+    assert _cpu.REASONS[form] in repr(explain(layer, X, W, B))
+    assert explain(linear, X, W, B).notes == ()
 
 
 def test_it_prints_as_tables_that_a_notebook_renders():

@@ -61,7 +61,7 @@ MUTANTS = {
     ),
     "output rounded before the bias is added": (
         "_types.py",
-        "default = dtype if bias is None else accumulator(dtype)",
+        "default = None if is_rounded_later else dtype",
         "default = dtype",
         "test_values.py::test_float16_output_survives_a_product_that_alone_would_overflow",
     ),
