@@ -59,10 +59,14 @@ def bias_gradient(G, B_type):
     grad_B = jnp.sum(G, range(G.ndim - 1), dtype=accumulator(G.dtype))
     if B_type.sharding is not None:
         grad_B = jax.sharding.reshard(grad_B, B_type.sharding)
-    if grad_B.dtype != B_type.dtype:
-        # Else XLA for TPUs rounds first, and adds up over the devices what is rounded.
+    if grad_B.dtype != B_type.dtype and jax.typeof(G).sharding.mesh.size > 1:
+        # XLA for TPUs moves a cast, even one behind a barrier, before the sum over the
+        # devices. This rounding stays where it is.
+        bits = jnp.finfo(B_type.dtype)
         grad_B = lax.platform_dependent(
-            grad_B, tpu=lax.optimization_barrier, default=lambda grad_B: grad_B
+            grad_B,
+            tpu=lambda grad_B: lax.reduce_precision(grad_B, bits.nexp, bits.nmant),
+            default=lambda grad_B: grad_B,
         )
     return round_to(B_type.dtype, grad_B)
 
