@@ -6,91 +6,112 @@ Every workload is a layer of a real model. Its forward pass, each gradient, and 
 whole step are compiled ahead, checked against float64, and timed in turn with those of
 each library that is installed. A row gives medians, quartiles, the median ratio of each
 library's time to ours in the same round, and how far we are from the limit that the
-fastest product and copy on this machine set. The results go to a JSON file and plots.
+fastest product and copy on this machine set. The results go to a JSON file, as they
+come, and to plots. The last workload, "GPT step", is a training step of a whole model.
 """
 
 import argparse
-import contextlib
-import datetime
-import importlib.metadata
-import json
 import os
 import pathlib
-import platform
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from benchmarks import plots, report
+from benchmarks import plots, report, results_file
 from benchmarks.ceilings import ceilings
-from benchmarks.contenders import (
-    TRANSPOSED,
-    jax_contenders,
-    pytorch_programs,
-    pytorch_runs,
-)
+from benchmarks.machine import describe
+from benchmarks.measure import measure
+from benchmarks.model import GPT_DTYPES, GPT_STEP
 from benchmarks.overhead import overhead
-from benchmarks.timing import compiled, interleaved
-from benchmarks.workloads import (
-    DTYPES,
-    GROWTH,
-    MODES,
-    QUICK,
-    WORKLOADS,
-    answers,
-    problem,
-    results_of,
-    work,
-)
-
-LIBRARIES = ["jax", "jaxlib", "flax", "dm-haiku", "equinox", "torch", "numpy"]
-PROGRESS = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+from benchmarks.progress import Cells
+from benchmarks.rows import rows_of
+from benchmarks.workloads import DTYPES, GROWTH, MODES, QUICK, WORKLOADS
 
 
 def main():
     # Else PyTorch's threads spin for a while after a call, and slow the next library.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    options = parsed_options()
+    parser = option_parser()
+    options = parser.parse_args()
+    cells = chosen_cells(options)
+    if not cells:
+        parser.error(f"no workload has a name with {options.only}, dtype and mode")
+    path = options.output / "results.json"
+    try:
+        device = jax.devices(options.device)[0]
+        options.output.mkdir(parents=True, exist_ok=True)
+        seconds = 0.02 if options.quick else 0.2  # for each program, in rounds
+        now = describe(device) | {"seconds": seconds}
+        document = results_file.started(path, now, options.resume)
+    except (RuntimeError, ValueError, OSError) as error:
+        parser.error(str(error).splitlines()[0])
     console = Console()
     # Tables need their width where the terminal does not say its own.
     console.width = max(console.width, 100)
-    old = json.loads(options.compare.read_text()) if options.compare else None
-    device = jax.devices(options.device)[0]
-    cells = chosen_cells(options)
-    if not cells:
-        raise SystemExit(f"benchmarks: no workload has a name with {options.only}")
-    seconds = 0.1 if options.quick else 0.2  # for each program, in rounds
-    document = describe(device)
-    with jax.default_device(device), Progress(*PROGRESS, console=console) as progress:
-        task = progress.add_task("ceilings", total=len(cells) + 2)
-        computed = dict.fromkeys(DTYPES[dtype][0] for _, dtype, _ in cells)
-        document["ceilings"] = ceilings(device, computed, 4 * seconds)
-        progress.update(task, advance=1, description="overhead")
-        document["overhead"] = overhead(options.quick)
-        document["results"] = []
-        for workload, dtype, modes in cells:
-            progress.update(task, advance=1, description=f"{workload.name}, {dtype}")
-            document["results"] += measure(
-                workload, dtype, modes, device, seconds, document["ceilings"]
-            )
-        progress.update(task, advance=1, description="done")
-    options.output.mkdir(parents=True, exist_ok=True)
-    results = options.output / "results.json"
-    results.write_text(json.dumps(document, indent=1) + "\n")
+    with jax.default_device(device):
+        fill(document, remaining(cells, document), device, path, console)
     for table in report.tables(document):
         console.print(table)
-    for path in [results, *plots.draw(document, options.output)]:
-        console.print(f"written: {path}")
-    if old is not None:
-        regressions = report.regressions(old, document)
+    for written in [path, *plots.draw(document, options.output)]:
+        console.print(f"written: {written}")
+    if options.compare is not None:
+        regressions = report.regressions(options.compare, document)
         console.print(regressions or "No regression.")
         raise SystemExit(1 if regressions else 0)
 
 
-def parsed_options():
+def fill(document, cells, device, path, console):
+    """Measure the cells into the document, and write it after each measurement."""
+    seconds = document["seconds"]
+    weights = [1.0, 1.0, *map(weight_of, cells)]
+    with Cells(console, weights) as progress:
+        progress.begin("ceilings")
+        limits = document.setdefault("ceilings", {})
+        computed = dict.fromkeys(DTYPES[dtype][0] for _, dtype, _ in cells)
+        missing = [dtype for dtype in computed if dtype not in limits]
+        if missing:
+            limits.update(ceilings(device, missing, 4 * seconds))
+        progress.finish("ceilings")
+        progress.begin("overhead")
+        if "overhead" not in document:
+            document["overhead"] = overhead(seconds < 0.1)
+        progress.finish("overhead")
+        for workload, dtype, modes in cells:
+            name = f"{workload.name}, {dtype}"
+            progress.begin(name)
+            for rows in measure(workload, dtype, modes, device, seconds, limits):
+                document["results"] += [vars(row) for row in rows]
+                results_file.write(document, path)
+            progress.finish(name)
+    results_file.write(document | {"complete": True}, path)
+
+
+def weight_of(cell):
+    """About how long a cell takes: large products cannot be timed often."""
+    workload, _, modes = cell
+    product = workload.rows * workload.in_features * workload.out_features
+    return len(modes) * (1 + product / 2e9)
+
+
+def remaining(cells, document):
+    """The cells without the modes that the document has."""
+    have = {row.cell for row in rows_of(document)}
+    cells = [
+        (w, d, [mode for mode in modes if (w.name, d, mode) not in have])
+        for w, d, modes in cells
+    ]
+    return [cell for cell in cells if cell[2]]
+
+
+def results(path):
+    """The document of an option, which argparse refuses with the message."""
+    try:
+        return results_file.read(pathlib.Path(path))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def option_parser():
     parser = argparse.ArgumentParser(
         "python -m benchmarks",
         description=__doc__,
@@ -117,11 +138,16 @@ def parsed_options():
     )
     add(
         "--compare",
-        type=pathlib.Path,
+        type=results,
         metavar="OLD.json",
         help="show regressions against earlier results; exit status 1 if there are any",
     )
-    return parser.parse_args()
+    add(
+        "--resume",
+        action="store_true",
+        help="keep what DIR/results.json has of a run that was stopped",
+    )
+    return parser
 
 
 def chosen_cells(options):
@@ -137,103 +163,9 @@ def chosen_cells(options):
 
     cells = [(w, d, modes) for w in WORKLOADS if is_chosen(w) for d in dtypes]
     grown = [(w, d, ["step"]) for w in GROWTH if is_chosen(w) for d in dtypes]
-    return cells + [cell for cell in grown if "step" in modes]
-
-
-def describe(device):
-    """Where and with what it ran."""
-    versions = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    is_cpu = device.platform == "cpu"
-    name = f"CPU, {os.cpu_count()} cores" if is_cpu else device.device_kind
-    return {
-        "device": name,
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "versions": versions,
-    }
-
-
-def measure(workload, dtype, modes, device, seconds, limits):
-    """The rows of one workload in one dtype."""
-    arrays = problem(workload, dtype)
-    compute_dtype = DTYPES[dtype][0]
-    exact = answers(arrays, dtype)
-    rows = []
-    for mode in modes:
-        programs = programs_of(workload, mode, arrays, compute_dtype, device)
-        errors = {
-            name: error_of(program, mode, exact, name in TRANSPOSED)
-            for name, program in programs.items()
-        }
-        # Half of the digits: the naive sum of 65 536 rows in low precision has few.
-        if errors["jaxlinear"] > jnp.finfo(compute_dtype).eps ** 0.5:
-            raise ArithmeticError(f"{workload}, {dtype}, {mode}: wrong, {errors}")
-        samples = interleaved(programs, seconds)
-        flops, least_bytes = work(workload, mode, arrays)
-        limit = max(
-            flops / limits[compute_dtype]["flops_per_s"],
-            least_bytes / limits["copy"]["bytes_per_s"],
-        )
-        for name, times in samples.items():
-            low, median, high = np.quantile(times, [0.25, 0.5, 0.75])
-            ratios = np.quantile(times / samples["jaxlinear"], [0.25, 0.5, 0.75])
-            rows.append(
-                {
-                    "workload": workload.name,
-                    "rows": workload.rows,
-                    "in": workload.in_features,
-                    "out": workload.out_features,
-                    "dtype": dtype,
-                    "compute_dtype": compute_dtype,
-                    "mode": mode,
-                    "library": name,
-                    "median_s": median,
-                    "low_s": low,
-                    "high_s": high,
-                    "rounds": len(times),
-                    "ratio_low": ratios[0],
-                    "ratio": ratios[1],
-                    "ratio_high": ratios[2],
-                    "flops_per_s": flops / median,
-                    "bytes_per_s": least_bytes / median,
-                    "least_bytes": least_bytes,
-                    "share_of_limit": limit / median,
-                    "relative_error": errors[name],
-                    "peak_bytes": programs[name].peak_bytes,
-                    "compile_s": programs[name].compile_s,
-                }
-            )
-    return rows
-
-
-def programs_of(workload, mode, arrays, dtype, device):
-    x, weight, bias, cotangent = jax.device_put(arrays, device)
-    layers = jax_contenders()
-    if workload in GROWTH:  # A curve of ours and one of the naive formula.
-        layers = {name: layers[name] for name in ("jaxlinear", "naive formula")}
-    programs = {}
-    for name, layer in layers.items():
-        apply, parameters = layer(weight, bias, dtype)
-        programs[name] = compiled(results_of(mode, apply), (parameters, x, cotangent))
-    if workload not in GROWTH and pytorch_runs(device, dtype):
-        programs["PyTorch"] = pytorch_programs(arrays, dtype, device)[mode]
-    return programs
-
-
-def error_of(program, mode, exact, transposed):
-    """The largest relative error of the results, in the Frobenius norm."""
-    errors = []
-    for name, result in zip(MODES[mode], program.call(), strict=True):
-        if not isinstance(result, jax.Array):  # of PyTorch
-            result = result.detach().float().cpu()
-        result, expected = np.asarray(result, np.float64), exact[name]
-        if name == "grad_W" and transposed:
-            result = result.T
-        error = np.linalg.norm(result - expected) / np.linalg.norm(expected)
-        errors.append(float(error))
-    return max(errors)
+    model = [(GPT_STEP, d, ["step"]) for d in dtypes if d in GPT_DTYPES]
+    model = model if is_chosen(GPT_STEP) else []
+    return cells + [cell for cell in grown + model if "step" in modes]
 
 
 if __name__ == "__main__":

@@ -3,11 +3,13 @@
 import numpy as np
 from matplotlib.figure import Figure
 
+from benchmarks.rows import rows_of
+
 
 def draw(document, folder):
     """Write those of the plots for which there are results; returns their paths."""
-    steps = [row for row in document["results"] if row["mode"] == "step"]
-    growth = [row for row in steps if row["workload"].startswith("growth ")]
+    steps = [row for row in rows_of(document) if row.mode == "step"]
+    growth = [row for row in steps if row.workload.startswith("growth ")]
     table = [row for row in steps if row not in growth]
     plots = {
         "ratio": (ratio, table),
@@ -31,9 +33,9 @@ def caption(document):
 
 def ratio(rows, document):
     """Time of each library over ours, a panel for each dtype; above one we lead."""
-    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
-    workloads = list(dict.fromkeys(row["workload"] for row in rows))
-    libraries = list(dict.fromkeys(row["library"] for row in rows))[1:]
+    dtypes = list(dict.fromkeys(row.dtype for row in rows))
+    workloads = list(dict.fromkeys(row.workload for row in rows))
+    libraries = list(dict.fromkeys(row.library for row in rows))[1:]
     figure = Figure(
         (4 * len(dtypes) + 2, 0.55 * len(workloads) + 1.8), layout="constrained"
     )
@@ -42,12 +44,12 @@ def ratio(rows, document):
     for ax, dtype in zip(axes, dtypes, strict=True):
         for i, library in enumerate(libraries):
             found = {
-                row["workload"]: row
+                row.workload: row
                 for row in rows
-                if row["dtype"] == dtype and row["library"] == library
+                if row.dtype == dtype and row.library == library
             }
             places = [k for k, w in enumerate(workloads) if w in found]
-            lengths = [found[workloads[k]]["ratio"] for k in places]
+            lengths = [found[workloads[k]].ratio for k in places]
             ax.barh(
                 [k + (i + 0.5) * height - 0.425 for k in places],
                 lengths,
@@ -75,18 +77,16 @@ def roofline(rows, document):
     figure = Figure((7, 4.5), layout="constrained")
     ax = figure.subplots()
     copy = document["ceilings"]["copy"]["bytes_per_s"]
-    ours = [row for row in rows if row["library"] == "jaxlinear"]
-    for k, dtype in enumerate(dict.fromkeys(row["dtype"] for row in ours)):
-        chosen = [row for row in ours if row["dtype"] == dtype]
-        intensity = np.array(
-            [row["flops_per_s"] / row["bytes_per_s"] for row in chosen]
-        )
-        peak = document["ceilings"][chosen[0]["compute_dtype"]]["flops_per_s"]
+    ours = [row for row in rows if row.library == "jaxlinear"]
+    for k, dtype in enumerate(dict.fromkeys(row.dtype for row in ours)):
+        chosen = [row for row in ours if row.dtype == dtype]
+        intensity = np.array([row.flops_per_s / row.bytes_per_s for row in chosen])
+        peak = document["ceilings"][chosen[0].compute_dtype]["flops_per_s"]
         line = np.geomspace(min(0.3, intensity.min()), max(3e3, intensity.max()))
         ax.plot(line, np.minimum(peak, line * copy) / 1e9, f"C{k}", linewidth=0.8)
         ax.plot(
             intensity,
-            [row["flops_per_s"] / 1e9 for row in chosen],
+            [row.flops_per_s / 1e9 for row in chosen],
             f"C{k}o",
             label=dtype,
         )
@@ -102,23 +102,21 @@ def cost(rows, document):
     """Time and memory of a step per row against the number of rows."""
     figure = Figure((9, 4), layout="constrained")
     time_ax, memory_ax = figure.subplots(1, 2)
-    for k, dtype in enumerate(dict.fromkeys(row["dtype"] for row in rows)):
+    for k, dtype in enumerate(dict.fromkeys(row.dtype for row in rows)):
         for library, style in {"jaxlinear": "o-", "naive formula": "o:"}.items():
-            chosen = [
-                r for r in rows if r["dtype"] == dtype and r["library"] == library
-            ]
-            x = np.array([row["rows"] for row in chosen])
+            chosen = [r for r in rows if r.dtype == dtype and r.library == library]
+            x = np.array([row.rows for row in chosen])
             label = f"{dtype}, {library}"
             time_ax.plot(
                 x,
-                [1e6 * r["median_s"] / r["rows"] for r in chosen],
+                [1e6 * r.median_s / r.rows for r in chosen],
                 f"C{k}{style}",
                 label=label,
                 markersize=3,
             )
             memory_ax.plot(
                 x,
-                [r["peak_bytes"] / r["least_bytes"] for r in chosen],
+                [r.peak_bytes / r.least_bytes for r in chosen],
                 f"C{k}{style}",
                 label=label,
                 markersize=3,

@@ -3,17 +3,16 @@
 import numpy as np
 from rich.table import Table
 
+from benchmarks.rows import OURS, rows_of
 from benchmarks.workloads import MODES
-
-OURS = "jaxlinear"
 
 
 def tables(document):
     """For each dtype and mode our figures, and the ratios of the other libraries."""
-    rows = document["results"]
-    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+    rows = rows_of(document)
+    for dtype in dict.fromkeys(row.dtype for row in rows):
         for mode in MODES:
-            chosen = [r for r in rows if r["dtype"] == dtype and r["mode"] == mode]
+            chosen = [r for r in rows if r.dtype == dtype and r.mode == mode]
             if chosen:
                 yield _own_table(f"jaxlinear: {dtype}, {mode}", chosen)
                 yield _ratio_table(f"time / jaxlinear's time: {dtype}, {mode}", chosen)
@@ -21,31 +20,41 @@ def tables(document):
 
 
 def _own_table(title, rows):
-    headings = "ms", "±", "of limit", "GFLOP/s", "GB/s", "peak MB", "compile ms"
+    headings = (
+        "ms",
+        "±",
+        "of limit",
+        "GFLOP/s",
+        "GB/s",
+        "peak MB",
+        "temp. MB",
+        "compile ms",
+    )
     table = _table(title, "workload", headings)
     for row in rows:
-        if row["library"] == OURS:
+        if row.library == OURS:
             table.add_row(
-                row["workload"],
-                f"{row['median_s'] * 1e3:.3g}",
-                f"{(row['high_s'] - row['low_s']) / 2 / row['median_s']:.0%}",
-                f"{row['share_of_limit']:.0%}",
-                f"{row['flops_per_s'] / 1e9:.0f}",
-                f"{row['bytes_per_s'] / 1e9:.1f}",
-                f"{row['peak_bytes'] / 1e6:.1f}" if row["peak_bytes"] else "",
-                f"{row['compile_s'] * 1e3:.0f}",
+                row.workload,
+                f"{row.median_s * 1e3:.3g}",
+                f"{(row.high_s - row.low_s) / 2 / row.median_s:.0%}",
+                f"{row.share_of_limit:.0%}",
+                f"{row.flops_per_s / 1e9:.0f}",
+                f"{row.bytes_per_s / 1e9:.1f}",
+                f"{row.peak_bytes / 1e6:.1f}" if row.peak_bytes else "",
+                f"{row.temporary_bytes / 1e6:.1f}" if row.temporary_bytes else "",
+                f"{row.compile_s * 1e3:.0f}",
             )
     return table
 
 
 def _ratio_table(title, rows):
-    others = [r for r in dict.fromkeys(row["library"] for row in rows) if r != OURS]
+    others = [r for r in dict.fromkeys(row.library for row in rows) if r != OURS]
     table = _table(title, "workload", others)
-    for workload in dict.fromkeys(row["workload"] for row in rows):
-        cells = {r["library"]: r["ratio"] for r in rows if r["workload"] == workload}
+    for workload in dict.fromkeys(row.workload for row in rows):
+        cells = {r.library: r.ratio for r in rows if r.workload == workload}
         table.add_row(workload, *(_ratio(cells.get(library)) for library in others))
     table.add_section()
-    columns = [[r["ratio"] for r in rows if r["library"] == name] for name in others]
+    columns = [[r.ratio for r in rows if r.library == name] for name in others]
     table.add_row("geometric mean", *(_ratio(geometric_mean(c)) for c in columns))
     return table
 
@@ -92,15 +101,13 @@ def regressions(old, new):
     cell counts if the ratio fell by more than 5 % and the middle halves of the rounds
     no longer overlap.
     """
-    key = ("workload", "dtype", "mode", "library")
-    before = {tuple(row[k] for k in key): row for row in old["results"]}
-    table = _table("regressions", key[0], [*key[1:3], "ratio before", "ratio now"])
-    for row in new["results"]:
-        was = before.get(tuple(row[k] for k in key))
-        if was is None or row["library"] != "naive formula":
+    before = {(row.cell, row.library): row for row in rows_of(old)}
+    headings = "dtype", "mode", "ratio before", "ratio now"
+    table = _table("regressions", "workload", headings)
+    for row in rows_of(new):
+        was = before.get((row.cell, row.library))
+        if was is None or row.library != "naive formula":
             continue
-        if row["ratio"] < 0.95 * was["ratio"] and row["ratio_high"] < was["ratio_low"]:
-            table.add_row(
-                *(row[k] for k in key[:3]), f"{was['ratio']:.2f}", f"{row['ratio']:.2f}"
-            )
+        if row.ratio < 0.95 * was.ratio and row.ratio_high < was.ratio_low:
+            table.add_row(*row.cell, f"{was.ratio:.2f}", f"{row.ratio:.2f}")
     return table if table.row_count else None

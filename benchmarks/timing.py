@@ -11,6 +11,9 @@ from jax import lax
 SAMPLE_SECONDS = 2e-3
 """A sample that is shorter than this consists of several calls."""
 
+MIN_ROUNDS = 15
+FAR = 4
+
 
 @dataclasses.dataclass
 class Program:
@@ -20,6 +23,7 @@ class Program:
     run: Callable
     compile_s: float | None = None
     peak_bytes: int | None = None
+    temporary_bytes: int | None = None
 
 
 def compiled(function, arguments):
@@ -29,20 +33,17 @@ def compiled(function, arguments):
     executable = jitted.lower(*arguments).compile()
     compile_s = time.perf_counter() - start
     memory = executable.memory_analysis()
-    peak = None
+    peak = temporaries = None
     if memory is not None:
-        peak = (
-            memory.argument_size_in_bytes
-            + memory.output_size_in_bytes
-            + memory.temp_size_in_bytes
-        )
+        temporaries = memory.temp_size_in_bytes
+        peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + temporaries
 
     def call():
         return jax.block_until_ready(jitted(*arguments))
 
     on_device = jax.tree.leaves(arguments)[0].device.platform != "cpu"
     run = repeated_on_device(function, arguments) if on_device else _one_by_one(call)
-    return Program(call, run, compile_s, peak)
+    return Program(call, run, compile_s, peak, temporaries)
 
 
 def eager(call, wait=lambda: None):
@@ -77,29 +78,46 @@ def repeated_on_device(function, arguments):
     return lambda times: jax.block_until_ready(repeated(times, arguments))
 
 
-def interleaved(programs, seconds, min_rounds=5):
+def interleaved(programs, seconds):
     """Seconds of a call of each program in each round: {name: array (rounds,)}.
 
-    The rounds go on for about ``seconds`` per program. In each round every program is
-    timed once, so that what slows the machine down for a while slows all of them; and
-    each comes first in turn, because some leave threads behind that slow the next one.
+    The rounds go on for about ``seconds`` per program, and on to ``MIN_ROUNDS`` where a
+    sample takes no longer than that. In each round every program is timed once, so that
+    what slows the machine down for a while slows all of them; and each comes first in
+    turn, because some leave threads behind that slow the next one. A program that is
+    ``FAR`` slower than the typical one, and takes longer than ``seconds``, is timed in
+    the first round only: the others would wait for it.
     """
-    times = {name: calls_per_sample(program) for name, program in programs.items()}
+    spent = {name: warm_call(program, seconds) for name, program in programs.items()}
+    times = {name: max(1, round(SAMPLE_SECONDS / s)) for name, s in spent.items()}
+    far = max(seconds, FAR * float(np.median([*spent.values()])))
     samples = {name: [] for name in programs}
-    end = time.perf_counter() + seconds * len(programs)
-    rounds = 0
-    while rounds < min_rounds or time.perf_counter() < end:
-        first = rounds % len(programs)
-        for name in [*programs][first:] + [*programs][:first]:
+    names, rounds, total, budget = [*programs], 0, 0.0, seconds * len(programs)
+    while not rounds or is_worth_a_round(rounds, total, budget):
+        first = rounds % len(names)
+        for name in names[first:] + names[:first]:
             start = time.perf_counter()
             programs[name].run(times[name])
-            samples[name].append((time.perf_counter() - start) / times[name])
+            elapsed = time.perf_counter() - start
+            samples[name].append(elapsed / times[name])
+            total += elapsed if spent[name] <= far else 0
+        names = [name for name in names if spent[name] <= far]
         rounds += 1
     return {name: np.array(s) for name, s in samples.items()}
 
 
-def calls_per_sample(program):
-    program.run(1)  # Compiles, and warms up.
-    start = time.perf_counter()
-    program.run(1)
-    return max(1, round(SAMPLE_SECONDS / (time.perf_counter() - start)))
+def is_worth_a_round(rounds, total, budget):
+    next_total = total + total / rounds
+    return total < budget or (rounds < MIN_ROUNDS and next_total <= MIN_ROUNDS * budget)
+
+
+def warm_call(program, seconds):
+    """The seconds of a call; a long one is not made twice for nothing."""
+    spent = 0.0
+    for _ in range(2):  # The first compiles on an accelerator, and warms up.
+        start = time.perf_counter()
+        program.run(1)
+        spent = time.perf_counter() - start
+        if spent > 10 * seconds:
+            break
+    return spent

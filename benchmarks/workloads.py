@@ -79,16 +79,22 @@ def problem(workload, dtype_name):
 
 
 def answers(arrays, dtype_name):
-    """The results in float64, from the operands in the compute dtype."""
+    """Each result in float64, the sum of its terms' magnitudes, and their number.
+
+    The operands are those in the compute dtype.
+    """
     compute_dtype = jnp.dtype(DTYPES[dtype_name][0])
-    X, W, B, G = (a.astype(compute_dtype).astype(np.float64) for a in arrays)
-    X_rows, G_rows = X.reshape(-1, X.shape[-1]), G.reshape(-1, G.shape[-1])
-    return {
-        "Y": X @ W.T + B,
-        "grad_X": G @ W,
-        "grad_W": G_rows.T @ X_rows,
-        "grad_B": G_rows.sum(0),
-    }
+    operands = [a.astype(compute_dtype).astype(np.float64) for a in arrays]
+
+    def formulas(X, W, B, G):
+        X_rows, G_rows = X.reshape(-1, X.shape[-1]), G.reshape(-1, G.shape[-1])
+        return X @ W.T + B, G @ W, G_rows.T @ X_rows, G_rows.sum(0)
+
+    (out_features, in_features), rows = arrays[1].shape, arrays[0][..., 0].size
+    terms = in_features + 1, out_features, rows, rows
+    exact, magnitudes = formulas(*operands), formulas(*map(np.abs, operands))
+    found = zip(exact, magnitudes, terms, strict=True)
+    return dict(zip(MODES["step"], found, strict=True))
 
 
 def work(workload, mode, arrays):

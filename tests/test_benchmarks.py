@@ -1,8 +1,10 @@
 """The benchmarks as a user runs them."""
 
+import dataclasses
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -10,19 +12,25 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import __main__ as benchmarks
-from benchmarks import contenders, report
-from benchmarks.timing import repeated_on_device
+from benchmarks import contenders, measure, readme, report, results_file
+from benchmarks.machine import digest, processor
+from benchmarks.model import GPT, model_programs
+from benchmarks.rows import OURS, Row
+from benchmarks.timing import Program, interleaved, repeated_on_device
 from benchmarks.workloads import WORKLOADS, problem, work
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
+COMMAND = [sys.executable, "-m", "benchmarks", "--quick"]
+ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+
+
 def run_benchmarks(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "benchmarks", "--quick", *arguments],
+        [*COMMAND, *arguments],
         cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=600,
@@ -31,26 +39,31 @@ def run_benchmarks(*arguments):
 
 def naive_row(ratio):
     """A result in which the naive formula takes ``ratio`` times our time."""
-    cell = {"workload": "growth 4", "dtype": "bfloat16", "mode": "step"}
+    numbers = {field.name: 1 for field in dataclasses.fields(Row)}
+    cell = {"workload": "growth 256", "dtype": "float32", "mode": "step"}
     figures = {"ratio_low": ratio, "ratio": ratio, "ratio_high": ratio}
-    return {"library": "naive formula"} | cell | figures
+    return numbers | {"library": "naive formula"} | cell | figures
 
 
 def test_results_are_a_table_and_json_and_plots_and_compared_with_older_ones(tmp_path):
     old = tmp_path / "old.json"
     old.write_text(json.dumps({"results": [naive_row(1000)]}))
     run = run_benchmarks(
-        *("--only", "growth 4", "--only", "MLP", "--dtype", "bfloat16"),
+        *("--only", "growth 256", "--only", "MLP", "--dtype", "float32"),
         *("--output", str(tmp_path), "--compare", str(old)),
     )
     assert run.returncode == 1, run.stderr
     assert "MLP, hidden layer" in run.stdout
     assert "regressions" in run.stdout
     document = json.loads((tmp_path / "results.json").read_text())
-    assert {"device", "date", "versions", "ceilings", "overhead"} < document.keys()
+    described = {"device", "cpu", "date", "versions", "commit", "tree is clean"}
+    assert described | {"products", "ceilings", "overhead"} < document.keys()
+    assert document["complete"]
+    for count in ("3 of 4", "4 of 4"):  # On a pipe a line for each cell.
+        assert f"{count}, about " in run.stdout
     rows = document["results"]
-    assert {row["workload"] for row in rows} >= {"growth 4", "MLP, hidden layer"}
-    libraries = {row["library"] for row in rows if row["workload"] != "growth 4"}
+    assert {row["workload"] for row in rows} >= {"growth 256", "MLP, hidden layer"}
+    libraries = {row["library"] for row in rows if row["workload"] != "growth 256"}
     assert libraries >= {"jaxlinear", "naive formula", "Flax NNX", "Flax Linen"}
     for row in rows:
         assert row["low_s"] <= row["median_s"] <= row["high_s"]
@@ -78,29 +91,198 @@ def test_a_regression_within_the_spread_is_none():
     [
         (["--only", "no such workload"], "no workload has a name with"),
         (["--compare", "missing.json"], "missing.json"),
+        (["--compare", str(ROOT / "LICENSE")], "LICENSE: no JSON"),
         (["--dtype", "int8"], "invalid choice"),
+        (["--device", "tpu"], "error: "),
     ],
-    ids=["workload", "file", "dtype"],
+    ids=["workload", "file", "text", "dtype", "device"],
 )
-def test_wrong_options_are_refused_before_anything_is_timed(arguments, message):
-    run = run_benchmarks(*arguments)
-    assert run.returncode != 0
-    assert message in run.stderr
+def test_wrong_options_are_refused_before_anything_is_timed(
+    arguments, message, tmp_path
+):
+    run = run_benchmarks(*arguments, "--output", str(tmp_path))
+    assert run.returncode == 2
+    assert message in run.stderr.splitlines()[-1]
+    assert "Traceback" not in run.stderr
+    assert not [*tmp_path.iterdir()]
 
 
-def test_a_wrong_answer_is_not_timed(monkeypatch):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"results": [', "no JSON"),
+        ("[1]", "no results of benchmarks"),
+        ('{"name": "other"}', "no results of benchmarks"),
+        ('{"results": [{"ratio": 1}]}', "no results of benchmarks"),
+        ('{"results": []}', "of another device"),
+    ],
+    ids=["corrupted", "list", "foreign", "incomplete row", "another machine"],
+)
+def test_a_file_that_cannot_be_gone_on_with_is_refused_and_kept(
+    text, message, tmp_path
+):
+    path = tmp_path / "results.json"
+    path.write_text(text)
+    now = dict.fromkeys(results_file.MUST_AGREE, "here")
+    with pytest.raises(ValueError, match=message):
+        results_file.started(path, now, resume=True)
+    assert path.read_text() == text
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path):
+    chosen = "--only", "growth 256", "--only", "growth 1024", "--dtype", "float32"
+    chosen += "--output", str(tmp_path)
+    run = subprocess.Popen(
+        [*COMMAND, *chosen],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert run.stdout is not None
+    with run.stdout:
+        assert any("growth 256, float32" in line for line in run.stdout)
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+    path = tmp_path / "results.json"
+    document = json.loads(path.read_text())
+    assert not document["complete"]
+    document["results"][0]["median_s"] = 1234.5
+    path.write_text(json.dumps(document))
+    again = run_benchmarks(*chosen, "--resume")
+    assert again.returncode == 0, again.stderr
+    assert "growth 256, float32" not in again.stdout
+    document = json.loads(path.read_text())
+    assert document["complete"]
+    assert document["results"][0]["median_s"] == 1234.5
+    cells = [(row["workload"], row["library"]) for row in document["results"]]
+    assert len(cells) == len(set(cells))
+    assert ("growth 1024", "jaxlinear") in cells
+    assert [*tmp_path.glob(".results*")] == []
+
+
+@pytest.mark.parametrize("library", ["jaxlinear", "naive formula"])
+def test_a_wrong_contender_is_not_timed(library, monkeypatch):
     def wrong(weight, bias, dtype):
         apply, parameters = contenders.naive(weight, bias, dtype)
-        return lambda parameters, x: 1.1 * apply(parameters, x), parameters
+        return lambda parameters, x: 1.001 * apply(parameters, x), parameters
 
-    monkeypatch.setattr(benchmarks, "jax_contenders", lambda: {"jaxlinear": wrong})
-    monkeypatch.setattr(benchmarks, "pytorch_runs", lambda *arguments: False)
+    layers = {"jaxlinear": contenders.ours, library: wrong}
+    monkeypatch.setattr(measure, "jax_contenders", lambda: layers)
+    monkeypatch.setattr(measure, "pytorch_runs", lambda *arguments: False)
     workload = next(w for w in WORKLOADS if w.name == "MLP, hidden layer")
+    message = f"MLP, hidden layer, float32, step: Y of {library} .* bound "
     allowed = jax.numpy_rank_promotion("allow")  # As the naive formula is written.
-    with allowed, pytest.raises(ArithmeticError, match="wrong"):
-        benchmarks.measure(
-            workload, "float32", ["forward"], jax.devices()[0], 0.01, None
-        )
+    arguments = workload, "float32", ["step"], jax.devices()[0], 0.01, {}
+    with allowed, pytest.raises(ArithmeticError, match=message):
+        next(measure.measure(*arguments))
+
+
+TINY = GPT(layers=1, in_features=32, heads=2, tokens=8, batch=2, out_features=64)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "mixed"])
+def test_a_step_of_a_whole_model_is_checked_and_has_its_bytes(dtype):
+    compute_dtype = {"float32": "float32", "mixed": "bfloat16"}[dtype]
+    allowed = jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard")
+    with allowed[0], allowed[1]:
+        checked = model_programs(TINY, dtype, compute_dtype, jax.devices()[0])
+        losses = [program.call()[0] for program in checked[0].values()]
+    programs, errors, flops, least_bytes = checked
+    assert {"jaxlinear", "naive formula", "Flax NNX"} <= programs.keys()
+    assert errors.keys() == programs.keys()
+    linear = 12 * 32**2 + 32 * 64
+    assert (flops, least_bytes) == (6 * linear * 16, 8 * linear)
+    assert all(map(jnp.isfinite, losses))
+    for program in programs.values():
+        assert 0 < program.temporary_bytes < program.peak_bytes
+
+
+def test_a_wrong_layer_of_a_whole_model_is_not_timed(monkeypatch):
+    def wrong(weight, bias, dtype):
+        apply, parameters = contenders.naive(weight, bias, dtype)
+        return lambda parameters, x: 1.001 * apply(parameters, x), parameters
+
+    layers = {"jaxlinear": wrong, "naive formula": contenders.naive}
+    monkeypatch.setattr("benchmarks.model.jax_contenders", lambda: layers)
+    allowed = jax.numpy_rank_promotion("allow")
+    with allowed, pytest.raises(ArithmeticError, match=r"GPT step, .* of jaxlinear"):
+        model_programs(TINY, "float32", "float32", jax.devices()[0])
+
+
+def test_a_program_that_is_far_slower_is_timed_once(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+
+    def taking(seconds):
+        def run(times):
+            clock[0] += seconds * times
+
+        return Program(call=lambda: None, run=run)
+
+    programs = {OURS: taking(0.02), "other": taking(0.01), "slow": taking(5.0)}
+    samples = interleaved(programs, 0.05)
+    assert {name: len(s) for name, s in samples.items()} == {
+        OURS: 15,
+        "other": 15,
+        "slow": 1,
+    }
+    long = interleaved({OURS: taking(100.0), "other": taking(101.0)}, 0.05)
+    assert {len(s) for s in long.values()} == {1}
+
+
+@pytest.mark.parametrize(
+    ("text", "model", "features", "is_native"),
+    [
+        ("model name\t: A\nflags\t: fpu avx2 avx512f avx512_bf16", "A", 3, "yes"),
+        ("model name\t: B\nflags\t: fpu avx avx2", "B", 1, "no"),
+        ("Features\t: fp asimd bf16", None, 1, "yes"),
+    ],
+    ids=["with bfloat16", "without", "Arm"],
+)
+def test_a_processor_is_described(text, model, features, is_native, tmp_path):
+    file = tmp_path / "cpuinfo"
+    file.write_text(text + "\n")
+    found = processor(file)
+    assert model in (None, found["model"])
+    assert len(found["features"]) == features
+    assert found["bfloat16 instructions"] == is_native
+    assert processor(tmp_path / "none")["features"] is None
+
+
+def run_readme(*arguments):
+    command = [sys.executable, "-m", "benchmarks.readme", *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+    )
+
+
+def test_the_tables_of_the_readme_are_written_and_checked(tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+    old = json.loads((ROOT / "benchmarks/results/results.json").read_text())
+    (tmp_path / "native.json").write_text(json.dumps(old))
+    where = "--readme", str(page), "--results", str(tmp_path)
+    assert run_readme(*where, "--check").returncode == 1
+    assert run_readme(*where).returncode == 0
+    assert run_readme(*where, "--check").returncode == 0
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "older than the package's products" in text
+    assert "| MLP, hidden layer (128 × 784 → 256) " in text
+
+
+def test_results_are_older_where_the_products_have_changed(tmp_path):
+    file = tmp_path / "product.py"
+    file.write_text("a")
+    before = digest([file])
+    file.write_text("b")
+    document = {"device": "CPU", "versions": {"jax": "0"}, "date": "2026-01-01"}
+    fresh = readme.caption(document | {"products": before}, "with", before)
+    stale = readme.caption(document | {"products": before}, "with", digest([file]))
+    assert "older" not in fresh
+    assert "older than the package's products" in stale
 
 
 def test_the_work_of_a_step_is_that_of_its_products():

@@ -1,0 +1,99 @@
+"""One cell: its programs are checked, timed in turn, and become rows."""
+
+import jax
+
+from benchmarks.checks import checked_errors
+from benchmarks.contenders import (
+    TRANSPOSED,
+    jax_contenders,
+    pytorch_programs,
+    pytorch_runs,
+)
+from benchmarks.model import GPT, model_programs
+from benchmarks.rows import Row, figures
+from benchmarks.timing import compiled, interleaved
+from benchmarks.workloads import (
+    DTYPES,
+    GROWTH,
+    MODES,
+    answers,
+    problem,
+    results_of,
+    work,
+)
+
+
+def measure(workload, dtype, modes, device, seconds, limits):
+    """Yield the rows of one workload in one dtype, mode by mode."""
+    compute_dtype = DTYPES[dtype][0]
+    if isinstance(workload, GPT):
+        checked = model_programs(workload, dtype, compute_dtype, device)
+        # Of a step that takes seconds there should be a few rounds, too.
+        yield timed(workload, dtype, "step", checked, 5 * seconds, limits)
+        return
+    arrays = problem(workload, dtype)
+    exact = answers(arrays, dtype)
+    for mode in modes:
+        programs = programs_of(workload, mode, arrays, compute_dtype, device)
+        errors = {}
+        for name, program in programs.items():
+            found = checked_errors(
+                (workload.name, dtype, mode),
+                name,
+                dict(zip(MODES[mode], program.call(), strict=True)),
+                exact,
+                compute_dtype,
+                device.platform,
+                name in TRANSPOSED,
+            )
+            errors[name] = max(found.values())
+        checked = programs, errors, *work(workload, mode, arrays)
+        yield timed(workload, dtype, mode, checked, seconds, limits)
+
+
+def timed(workload, dtype, mode, checked, seconds, limits):
+    programs, errors, flops, least_bytes = checked
+    compute_dtype = DTYPES[dtype][0]
+    limit = max(
+        flops / limits[compute_dtype]["flops_per_s"],
+        least_bytes / limits["copy"]["bytes_per_s"],
+    )
+    samples = interleaved(programs, seconds)
+    rows = []
+    for name, program in programs.items():
+        found = figures(samples, name)
+        row = Row(
+            workload=workload.name,
+            rows=workload.rows,
+            in_features=workload.in_features,
+            out_features=workload.out_features,
+            dtype=dtype,
+            compute_dtype=compute_dtype,
+            mode=mode,
+            library=name,
+            flops_per_s=flops / found["median_s"],
+            bytes_per_s=least_bytes / found["median_s"],
+            least_bytes=least_bytes,
+            share_of_limit=limit / found["median_s"],
+            relative_error=errors[name],
+            peak_bytes=program.peak_bytes,
+            temporary_bytes=program.temporary_bytes,
+            compile_s=program.compile_s,
+            **found,
+        )
+        rows.append(row)
+    return rows
+
+
+def programs_of(workload, mode, arrays, dtype, device):
+    x, weight, bias, cotangent = jax.device_put(arrays, device)
+    layers = jax_contenders()
+    if workload in GROWTH:  # A curve of ours and one of the naive formula.
+        layers = {name: layers[name] for name in ("jaxlinear", "naive formula")}
+    programs = {}
+    for name, layer in layers.items():
+        apply, parameters = layer(weight, bias, dtype)
+        programs[name] = compiled(results_of(mode, apply), (parameters, x, cotangent))
+    if workload not in GROWTH and pytorch_runs(device, dtype):
+        programs["PyTorch"] = pytorch_programs(arrays, dtype, device)[mode]
+    return programs

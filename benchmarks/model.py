@@ -1,0 +1,178 @@
+"""A training step of a small GPT whose linear layers are all a contender's."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.checks import as_float64, relative_error, require, roundoff
+from benchmarks.contenders import TRANSPOSED, jax_contenders
+from benchmarks.timing import compiled
+
+LIBRARIES = ["jaxlinear", "naive formula", "Flax NNX", "Equinox"]
+LEARNING_RATE = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class GPT:
+    """Pre-norm, GELU, causal attention.
+
+    The batch is 4: with it a step under bfloat16 compute takes 2 to 3.4 s on two cores
+    without bfloat16 instructions (Zen 3), and the four contenders take turns.
+
+    ``rows``, ``in_features`` and ``out_features`` are those of the head.
+    """
+
+    name: str = "GPT step"
+    layers: int = 4
+    in_features: int = 512
+    heads: int = 8
+    tokens: int = 256
+    batch: int = 4
+    out_features: int = 8192
+
+    @property
+    def rows(self):
+        return self.batch * self.tokens
+
+    @property
+    def shapes(self):
+        """(out, in) of every linear layer: q, k, v, output, up, down; the head."""
+        d = self.in_features
+        block = [(d, d)] * 4 + [(4 * d, d), (d, 4 * d)]
+        return block * self.layers + [(self.out_features, d)]
+
+
+GPT_STEP = GPT()
+GPT_DTYPES = ["float32", "mixed"]
+
+
+def model_programs(gpt, dtype_name, compute_dtype, device):
+    """The programs of a step, their errors, and their operations and least bytes.
+
+    A step is the forward pass, the loss, its gradients and plain SGD. The parameters
+    are float32. The loss and the gradients are checked, before anything is timed,
+    against the naive formula in float32, all that is of one kind in one norm: the
+    gradient of the bias of k is zero.
+    """
+    tokens = np.random.default_rng(0).integers(
+        gpt.out_features, size=(gpt.batch, gpt.tokens + 1)
+    )
+    tokens = jax.device_put(tokens.astype(np.int32), device)
+    layers, programs, errors = jax_contenders(), {}, {}
+    with jax.default_matmul_precision("highest"):
+        loss, parameters = loss_of(gpt, layers["naive formula"], "float32")
+        exact = by_kind(jax.jit(jax.value_and_grad(loss))(parameters, tokens), False)
+    limit = bound(gpt, compute_dtype)
+    for name in LIBRARIES:
+        if name in layers:
+            loss, parameters = loss_of(gpt, layers[name], compute_dtype)
+            parameters = jax.device_put(parameters, device)
+            results = jax.jit(jax.value_and_grad(loss))(parameters, tokens)
+            found = by_kind(results, name in TRANSPOSED)
+            distances = {k: relative_error(found[k], exact[k]) for k in exact}
+            for quantity, error in distances.items():
+                case = gpt.name, dtype_name, "step"
+                require(case, name, quantity, error, limit)
+            errors[name] = max(distances.values())
+            programs[name] = compiled(sgd(loss), (parameters, tokens))
+    count = sum(out * inputs for out, inputs in gpt.shapes)
+    return programs, errors, 6 * count * gpt.rows, 8 * count
+
+
+def bound(gpt, compute_dtype):
+    """Independent roundings of the values in series, forward and backward: 4 √depth u.
+
+    In float32 the sums weigh more than the last rounding: √n u, with the longest n.
+    """
+    depth = 2 * (10 * gpt.layers + 3)
+    longest = max(gpt.rows, gpt.out_features)
+    accumulated = longest**0.5 * roundoff("float32")
+    return 4 * depth**0.5 * (roundoff(compute_dtype) + accumulated)
+
+
+def sgd(loss):
+    def step(parameters, tokens):
+        value, gradients = jax.value_and_grad(loss)(parameters, tokens)
+        update = jax.tree.map(lambda p, g: p - LEARNING_RATE * g, parameters, gradients)
+        return value, update
+
+    return step
+
+
+def loss_of(gpt, layer, dtype):
+    """loss(parameters, tokens), and the parameters: {"linear", "other"}."""
+    generator = np.random.default_rng(1)
+
+    def normal(*shape, scale):
+        return jnp.asarray(generator.standard_normal(shape, np.float32) * scale)
+
+    applies, linears = [], []
+    for out, inputs in gpt.shapes:
+        weight = normal(out, inputs, scale=np.float32(inputs**-0.5))
+        apply, layer_parameters = layer(weight, jnp.zeros(out), dtype)
+        applies.append(apply)
+        linears.append(layer_parameters)
+    other = {
+        "embedding": normal(gpt.out_features, gpt.in_features, scale=np.float32(1)),
+        "position": normal(gpt.tokens, gpt.in_features, scale=np.float32(1)),
+        "norms": jnp.ones((2 * gpt.layers + 1, gpt.in_features)),
+    }
+
+    def loss(parameters, tokens):
+        log_p = jax.nn.log_softmax(logits(gpt, applies, dtype, parameters, tokens))
+        return -jnp.mean(jnp.take_along_axis(log_p, tokens[:, 1:, None], -1))
+
+    return loss, {"linear": linears, "other": other}
+
+
+def logits(gpt, applies, dtype, parameters, tokens):
+    other, pairs = parameters["other"], zip(applies, parameters["linear"], strict=True)
+    norms = iter(other["norms"])
+
+    def linear(x):
+        apply, layer_parameters = next(pairs)
+        return apply(layer_parameters, x)
+
+    def norm(x):
+        x = x.astype(jnp.float32)
+        scale = jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6)
+        return (x * scale * next(norms)[None, None]).astype(dtype)
+
+    x = other["embedding"][tokens[:, :-1]] + other["position"][None]
+    x = x.astype(dtype)
+    for _ in range(gpt.layers):
+        normed = norm(x)
+        q, k, v = (linear(normed) for _ in range(3))
+        x = x + linear(attention(gpt, q, k, v))
+        x = x + linear(jax.nn.gelu(linear(norm(x))))
+    return linear(norm(x)).astype(jnp.float32)
+
+
+def attention(gpt, q, k, v):
+    """Causal, with the softmax in float32."""
+    q, k, v = (a.reshape(*a.shape[:2], gpt.heads, -1) for a in (q, k, v))
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k).astype(jnp.float32)
+    is_past = jnp.tril(jnp.ones(scores.shape[-2:], bool))[None, None]
+    scores = jnp.where(is_past, scores * q.shape[-1] ** -0.5, -jnp.inf)
+    weights = jax.nn.softmax(scores).astype(v.dtype)
+    mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+    return mixed.reshape(*mixed.shape[:2], -1)
+
+
+def by_kind(loss_and_gradients, transposed):
+    """The loss and the gradients of one kind, as vectors in float64."""
+    loss, gradients = loss_and_gradients
+    weights, biases = [], []
+    for layer in gradients["linear"]:
+        by_rank = {leaf.ndim: as_float64(leaf) for leaf in jax.tree.leaves(layer)}
+        weights.append((by_rank[2].T if transposed else by_rank[2]).ravel())
+        biases.append(by_rank[1])
+    others = [as_float64(leaf).ravel() for leaf in jax.tree.leaves(gradients["other"])]
+    return {
+        "loss": as_float64(loss),
+        "weight gradients": np.concatenate(weights),
+        "bias gradients": np.concatenate(biases),
+        "other gradients": np.concatenate(others),
+    }
