@@ -92,9 +92,13 @@ def cpu_product(a, b, contracted_axes, precision, sharding):
         a, b, precision = a.astype(dtype), b.astype(dtype), None
     options = contracted_axes, precision, sharding
 
+    is_transposed = a.ndim - 1 not in contracted_axes[0]  # Gᵀ X
+
     def widened(a, b):
-        wide = accumulator(a.dtype)
-        return _dot(a.astype(wide), b.astype(wide), *options)
+        wide, axes = accumulator(a.dtype), contracted_axes
+        if is_transposed and sharding is None and _is_better_flat(a, b):
+            a, b, axes = _rows(a), _rows(b), ((0,), (0,))
+        return _dot(a.astype(wide), b.astype(wide), axes, precision, sharding)
 
     # Of float32 operands only a long sum of one row comes here.
     if a.dtype == accumulator(a.dtype) and sharding is None:
@@ -105,7 +109,6 @@ def cpu_product(a, b, contracted_axes, precision, sharding):
     form = bfloat16_form()
     if form == WIDENED:
         return widened(a, b)
-    is_transposed = a.ndim - 1 not in contracted_axes[0]  # Gᵀ X
     is_copied = is_transposed and form == NATIVE
     if is_copied and sharding is None and _is_cheaper_swapped(a, b):
         return cpu_product(b, a, *options).T
@@ -129,6 +132,17 @@ def cpu_product(a, b, contracted_axes, precision, sharding):
         return lax.optimization_barrier(dot(a, b, *options))
 
     return _where_alone(fenced, widened)(a, b)
+
+
+def cpu_sum(G, axes):
+    """The sum over ``axes`` in the dtype of its accumulator.
+
+    Cast behind a barrier, in the sum itself: else it reads the float32 copy of G that
+    is made for the products, or one of its own.
+    """
+    if G.dtype != accumulator(G.dtype) and jax.device_count("cpu") == 1:
+        G = lax.optimization_barrier(G)
+    return jnp.sum(G, axes, dtype=accumulator(G.dtype))
 
 
 def _dot(a, b, contracted_axes, precision, sharding):
@@ -170,6 +184,20 @@ def _is_cheaper_swapped(G, X):
     if any(map(export.is_symbolic_dim, G.shape + X.shape)):
         return False
     return G.size > X.size + G.shape[-1] * X.shape[-1]
+
+
+def _is_better_flat(G, X):
+    """Whether one leading axis is faster than several, where there is one device.
+
+    With several XLA copies G for Gᵀ X, and has another float32 copy for G W.
+    """
+    if any(map(export.is_symbolic_dim, G.shape + X.shape)):
+        return False
+    return G.ndim > 2 and G.size > X.size and jax.device_count("cpu") == 1
+
+
+def _rows(a):
+    return a.reshape(-1, a.shape[-1])
 
 
 def _is_one_row(a):
