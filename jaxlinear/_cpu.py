@@ -134,15 +134,14 @@ def cpu_product(a, b, contracted_axes, precision, sharding):
     return _where_alone(fenced, widened)(a, b)
 
 
-def cpu_sum(G, axes):
-    """The sum over ``axes`` in the dtype of its accumulator.
+def cpu_summand(G):
+    """G behind a barrier, where its sum would be that of a float32 copy.
 
-    Cast behind a barrier, in the sum itself: else it reads the float32 copy of G that
-    is made for the products, or one of its own.
+    XLA casts G in the sum itself, but not where the products have a float32 copy, too.
     """
-    if G.dtype != accumulator(G.dtype) and jax.device_count("cpu") == 1:
-        G = lax.optimization_barrier(G)
-    return jnp.sum(G, axes, dtype=accumulator(G.dtype))
+    is_low = G.dtype != accumulator(G.dtype)
+    alone = jax.device_count("cpu") == 1
+    return lax.optimization_barrier(G) if is_low and alone else G
 
 
 def _dot(a, b, contracted_axes, precision, sharding):
