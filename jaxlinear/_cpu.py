@@ -57,8 +57,12 @@ def bfloat16_form():
     """How bfloat16 operands are multiplied in this process: a key of ``REASONS``."""
     if _has_bfloat16_instructions():
         return NATIVE
-    # A program can be split where there are several devices, of any process.
-    return SHARED if jax.device_count("cpu") > 1 else WIDENED
+    return WIDENED if has_one_device() else SHARED
+
+
+def has_one_device():
+    """Whether no program is split over CPUs, of this process or of others."""
+    return jax.device_count("cpu") == 1
 
 
 def _has_bfloat16_instructions():
@@ -140,8 +144,7 @@ def cpu_summand(G):
     XLA casts G in the sum itself, but not where the products have a float32 copy, too.
     """
     is_low = G.dtype != accumulator(G.dtype)
-    alone = jax.device_count("cpu") == 1
-    return lax.optimization_barrier(G) if is_low and alone else G
+    return lax.optimization_barrier(G) if is_low and has_one_device() else G
 
 
 def _dot(a, b, contracted_axes, precision, sharding):
@@ -192,7 +195,7 @@ def _is_better_flat(G, X):
     """
     if any(map(export.is_symbolic_dim, G.shape + X.shape)):
         return False
-    return G.ndim > 2 and G.size > X.size and jax.device_count("cpu") == 1
+    return G.ndim > 2 and G.size > X.size and has_one_device()
 
 
 def _rows(a):

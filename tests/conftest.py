@@ -24,9 +24,18 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("jaxlinear", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("jaxlinear")
 
+
+def functions_of(form):
+    """What chooses a form on CPU, as where ``form`` is that of bfloat16 products."""
+    return {
+        "bfloat16_form": lambda: form,
+        "has_one_device": lambda: form == _cpu.WIDENED,
+    }
+
+
 # The form of bfloat16 products on CPU, where it is not to be that of this machine.
 if form := os.environ.get("BFLOAT16_FORM"):
-    _cpu.bfloat16_form = lambda: form
+    vars(_cpu).update(functions_of(form))
 
 
 @pytest.fixture
@@ -34,7 +43,8 @@ def use_form(monkeypatch):
     """A function that puts another form of bfloat16 products in force for the test."""
 
     def use(form):
-        monkeypatch.setattr(_cpu, "bfloat16_form", lambda: form)
+        for name, function in functions_of(form).items():
+            monkeypatch.setattr(_cpu, name, function)
         jax.clear_caches()
 
     yield use

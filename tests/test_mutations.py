@@ -73,8 +73,8 @@ MUTANTS = {
     ),
     "bfloat16 operands of a vmapped float32 product on CPU": (
         "_cpu.py",
-        "_dot(a.astype(wide), b.astype(wide), *options)",
-        "_dot(a, b, *options)",
+        "_dot(a.astype(wide), b.astype(wide), axes, precision, sharding)",
+        "_dot(a, b, axes, precision, sharding)",
         "test_products.py::test_transposed_gradients_in_mixed_precision",
     ),
     "no barrier behind a float32 product on CPU": (
@@ -107,6 +107,18 @@ MUTANTS = {
         "widened(a, b)",
         "test_collectives.py::test_collectives_are_those_of_the_naive_formula[AxisType.Auto-fsdp over the input features-mixed]",
     ),
+    "rows that are flattened in another order": (
+        "_cpu.py",
+        "a, b, axes = _rows(a), _rows(b), ((0,), (0,))",
+        "a, b, axes = _rows(a.swapaxes(0, 1)), _rows(b), ((0,), (0,))",
+        "test_products.py::test_weight_gradient_of_many_more_outputs_than_inputs",
+    ),
+    "a bias added in float32 on GPUs": (
+        "_products.py",
+        "cuda=rounded, rocm=rounded, default=wide",
+        "default=wide",
+        "test_products.py::test_accelerators_multiply_in_bfloat16_and_round_where_it_is_free",
+    ),
     "one long sum at one row": (
         "_cpu.py",
         "return is_input_gradient and _is_one_row(a)",
@@ -127,8 +139,8 @@ MUTANTS = {
     ),
     "products without a precision on CPU": (
         "_cpu.py",
-        "options = contracted_axes, precision, sharding",
-        "options = contracted_axes, None, sharding",
+        "precision=precision,\n        preferred_element_type=accumulator(a.dtype)",
+        "preferred_element_type=accumulator(a.dtype)",
         "test_precision.py::test_second_derivatives_have_the_precision_of_the_product_they_come_from",
     ),
     "an algorithm of low precision as JAX lowers it for CPU": (

@@ -107,10 +107,11 @@ def test_a_transposed_operand_that_is_cast_in_another_function(
     assert relative_error(Y, expected) < 2 * float(jnp.finfo("bfloat16").eps)
 
 
+@each_form
 @pytest.mark.parametrize("leading", [(64,), (4, 16)], ids=str)
-def test_weight_gradient_of_many_more_outputs_than_inputs(leading, use_form):
-    use_form(_cpu.NATIVE)
-    # On CPU it is the transposed product of the swapped operands.
+def test_weight_gradient_of_many_more_outputs_than_inputs(leading, form, use_form):
+    use_form(form)
+    # On CPU it is the transposed product of the swapped operands, or that of rows.
     x, weight, _, cotangent = random_problem(leading, 8, 32, "bfloat16")
     (gradient,) = jax.vjp(lambda weight: linear(x, weight), weight)[1](cotangent)
     expected = wide(cotangent).reshape(-1, 32).T @ wide(x).reshape(-1, 8)
