@@ -19,14 +19,8 @@ from benchmarks.rows import rows_of
 from jaxlinear._table import table
 
 BEGIN, END = "<!-- speed: begin -->", "<!-- speed: end -->"
-FILES = {
-    "with": [
-        "native.json",
-        "results.json",
-    ],  # The second is from before there were two.
-    "without": ["plain.json"],
-}
-"""Whether the CPU has bfloat16 instructions: the first of these files that exists."""
+FILES = {"with": "native.json", "without": "plain.json"}
+"""Whether the CPU has bfloat16 instructions."""
 
 COLUMNS = {
     "naive, float32": ("naive formula", "float32"),
@@ -74,9 +68,9 @@ def with_tables(text, tables):
 def tables(folder, products):
     """Markdown of all results in the folder; ValueError if there are none."""
     parts = []
-    for having, names in FILES.items():
-        path = next((folder / n for n in names if (folder / n).exists()), None)
-        if path is not None:
+    for having, name in FILES.items():
+        path = folder / name
+        if path.exists():
             document = results_file.read(path)
             if not document.get("complete", True):
                 raise ValueError(f"{path}: of a run that was stopped")

@@ -138,15 +138,6 @@ def cpu_product(a, b, contracted_axes, precision, sharding):
     return _where_alone(fenced, widened)(a, b)
 
 
-def cpu_summand(G):
-    """G behind a barrier, where its sum would be that of a float32 copy.
-
-    XLA casts G in the sum itself, but not where the products have a float32 copy, too.
-    """
-    is_low = G.dtype != accumulator(G.dtype)
-    return lax.optimization_barrier(G) if is_low and has_one_device() else G
-
-
 def _dot(a, b, contracted_axes, precision, sharding):
     return lax.dot_general(
         a,

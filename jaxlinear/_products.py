@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 
-from jaxlinear._cpu import cpu_product, cpu_summand, has_form_on_cpu
+from jaxlinear._cpu import cpu_product, has_form_on_cpu
 from jaxlinear._types import accumulator, round_to
 
 
@@ -56,7 +56,6 @@ def weight_gradient(G, X, W_type):
 @jax.named_scope("bias_gradient")
 def bias_gradient(G, B_type):
     """∇B = Σ G, over every leading axis."""
-    G = lax.platform_dependent(G, cpu=cpu_summand, default=lambda G: G)
     grad_B = jnp.sum(G, range(G.ndim - 1), dtype=accumulator(G.dtype))
     if B_type.sharding is not None:
         grad_B = jax.sharding.reshard(grad_B, B_type.sharding)
