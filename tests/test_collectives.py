@@ -2,18 +2,13 @@
 
 On CPU XLA sends low precision as float32, so the bytes are the same whatever the dtype
 of a sum. On accelerators they follow the dtype in which a product leaves its
-accumulator: `reduce_dtype`, which tests/test_products.py looks at, and the last test
-here where the compiler for TPUs is installed (`pip install 'jax[tpu]'`; it needs none).
+accumulator: `reduce_dtype`, which tests/test_products.py looks at, and
+tests/targets/test_reduction.py where the compiler for TPUs is installed.
 """
 
 import functools
-import importlib.util
-import json
 import math
-import os
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -149,51 +144,3 @@ def test_weight_gradient_is_reduced_in_its_own_dtype_or_the_one_asked_for():
     # XLA reduces the result of the product: a cast that follows changes nothing.
     assert weight_gradient_reduction(None) == "f32"
     assert weight_gradient_reduction("bfloat16") == "bf16"
-
-
-# In a process of its own: the compiler may end the one that it runs in.
-COMPILED_FOR_EIGHT_TPUS = """
-import functools, json
-import jax
-import jaxlinear
-import numpy as np
-from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
-
-devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
-mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
-
-def sharded(shape, dtype, *spec):
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*spec)))
-
-layer = functools.partial(
-    jaxlinear.linear, dtype="bfloat16", reduce_dtype={reduce_dtype}
-)
-found = jaxlinear.explain(
-    layer, sharded((512, 256), "bfloat16", "data"), sharded((128, 256), "float32")
-)
-print(json.dumps([[c.kind, c.dtype, c.bytes] for c in found.collectives]))
-"""
-
-
-@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
-@pytest.mark.parametrize("reduce_dtype", [None, "bfloat16"])
-def test_bytes_that_tpus_send_for_a_weight_gradient(reduce_dtype):
-    program = COMPILED_FOR_EIGHT_TPUS.format(reduce_dtype=repr(reduce_dtype))
-    settings = {
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "JAX_PLATFORMS": "cpu",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "TPU_LOG_DIR": "disabled",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-    }
-    result = subprocess.run(
-        [sys.executable, "-c", program],
-        env=os.environ | settings,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    dtype, size = ("bfloat16", 2) if reduce_dtype else ("float32", 4)
-    assert json.loads(result.stdout) == [["all-reduce", dtype, 128 * 256 * size]]

@@ -18,14 +18,9 @@ import os
 import pathlib
 import sys
 
-os.environ |= {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "JAX_PLATFORMS": "cpu",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_LOG_DIR": "disabled",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
+from without_tpu import SETTINGS
+
+os.environ |= SETTINGS
 
 import jax
 import jax.numpy as jnp

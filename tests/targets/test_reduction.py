@@ -7,10 +7,15 @@ import subprocess
 import sys
 
 import pytest
+from without_tpu import SETTINGS
+
+pytestmark = pytest.mark.skipif(
+    not importlib.util.find_spec("libtpu"), reason="needs libtpu"
+)
 
 # In a process of its own: the compiler may end the one that it runs in.
 PROGRAM = """
-import json
+import functools, json
 import jax
 import jaxlinear
 import numpy as np
@@ -20,31 +25,41 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
 mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
 
-def sharded(shape, *spec):
-    sharding = NamedSharding(mesh, P(*spec))
-    return jax.ShapeDtypeStruct(shape, "bfloat16", sharding=sharding)
+def sharded(shape, dtype, *spec):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*spec)))
 
-arguments = sharded((512, 256), "data"), sharded((128, 256)), sharded((128,))
-found = jaxlinear.explain(jaxlinear.linear, *arguments)
+layer = functools.partial(
+    jaxlinear.linear, dtype="bfloat16", reduce_dtype={reduce_dtype!r}
+)
+x = sharded((512, 256), "bfloat16", "data")
+parameters = [sharded(shape, {param_dtype!r}) for shape in {shapes!r}]
+found = jaxlinear.explain(layer, x, *parameters)
 print(json.dumps([[c.kind, c.dtype, c.bytes] for c in found.collectives]))
 """
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
-def test_tpus_add_a_bfloat16_bias_gradient_in_float32():
-    settings = {
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "JAX_PLATFORMS": "cpu",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "TPU_LOG_DIR": "disabled",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-    }
+def collectives(shapes, param_dtype, reduce_dtype=None):
+    """[kind, dtype, bytes] of those of a layer whose parameters have the shapes."""
+    program = PROGRAM.format(
+        shapes=shapes, param_dtype=param_dtype, reduce_dtype=reduce_dtype
+    )
     result = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        env=os.environ | settings,
+        [sys.executable, "-c", program],
+        env=os.environ | SETTINGS,
         capture_output=True,
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    assert ["all-reduce", "float32", 128 * 4] in json.loads(result.stdout)
+    return json.loads(result.stdout)
+
+
+def test_tpus_add_a_bfloat16_bias_gradient_in_float32():
+    found = collectives([(128, 256), (128,)], "bfloat16")
+    assert ["all-reduce", "float32", 128 * 4] in found
+
+
+@pytest.mark.parametrize("reduce_dtype", [None, "bfloat16"])
+def test_bytes_that_tpus_send_for_a_weight_gradient(reduce_dtype):
+    dtype, size = ("bfloat16", 2) if reduce_dtype else ("float32", 4)
+    found = collectives([(128, 256)], "float32", reduce_dtype)
+    assert found == [["all-reduce", dtype, 128 * 256 * size]]
