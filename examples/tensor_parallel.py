@@ -30,7 +30,7 @@ DATA, MODEL = 2, 4
 PIXELS, HIDDEN, CLASSES = 64, 128, 10
 IMAGES, STEPS = 512, 10
 OPTIMIZER = optax.sgd(0.5, momentum=0.9)
-COLUMN, ROW = ("model", None), (None, "model")  # How the axes (out, in) are split.
+COLUMN, ROW = (None, "model"), ("model", None)  # How the axes (in, out) are split.
 
 SHARDS = {  # What each device holds of each parameter.
     "column.weight": (HIDDEN // MODEL, PIXELS),
@@ -50,12 +50,12 @@ SENT = {  # What the devices add up in a step, and over which axis of the mesh.
 
 class MLP(nnx.Module):
     def __init__(self, rngs):
-        weight, bias = {"out_sharding": COLUMN}, {"out_sharding": COLUMN[:1]}
+        kernel, bias = {"out_sharding": COLUMN}, {"out_sharding": COLUMN[1:]}
         self.column = Linear(
-            PIXELS, HIDDEN, weight_metadata=weight, bias_metadata=bias, rngs=rngs
+            PIXELS, HIDDEN, kernel_metadata=kernel, bias_metadata=bias, rngs=rngs
         )
-        weight = {"out_sharding": ROW}
-        self.row = Linear(HIDDEN, CLASSES, weight_metadata=weight, rngs=rngs)
+        kernel = {"out_sharding": ROW}
+        self.row = Linear(HIDDEN, CLASSES, kernel_metadata=kernel, rngs=rngs)
 
     def __call__(self, x):
         return self.row(jax.nn.relu(self.column(x)))

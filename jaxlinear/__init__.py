@@ -1,7 +1,21 @@
 """The linear layer for JAX, with a custom VJP: Y = X Wᵀ + B."""
 
-from jaxlinear._explain import explain as explain
+from importlib import import_module as _import_module
+from importlib.metadata import version as _version
+
 from jaxlinear._linear import linear as linear
 from jaxlinear._linear import save_linear_outputs as save_linear_outputs
 from jaxlinear._plain import plain_autodiff as plain_autodiff
-from jaxlinear._precision import Precision as Precision
+from jaxlinear._product import ALTERNATIVE_FLOAT16 as ALTERNATIVE_FLOAT16
+from jaxlinear._product import Product as Product
+from jaxlinear._product import Products as Products
+from jaxlinear.inspect import explain as explain
+
+__version__ = _version("jaxlinear")
+
+
+def __getattr__(name):
+    """The modules around the layer, which need Flax: ``nnx`` and ``linen``."""
+    if name in ("nnx", "linen"):
+        return _import_module(f"jaxlinear.{name}")
+    raise AttributeError(f"module 'jaxlinear' has no attribute {name!r}")

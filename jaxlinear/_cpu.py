@@ -23,15 +23,13 @@ from jax.experimental import serialize_executable
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxlinear._precision import is_algorithm
-from jaxlinear._types import accumulator
+from jaxlinear._product import accumulator, is_algorithm
 
 # Algorithms of low precision that JAX lowers for CPU, and the dtype of their operands.
 _ALGORITHMS = {
     lax.DotAlgorithmPreset.BF16_BF16_F32: "bfloat16",
     lax.DotAlgorithmPreset.F16_F16_F16: "float16",
 }
-
 
 NATIVE, SHARED, WIDENED = "native", "shared", "widened"
 
@@ -81,41 +79,49 @@ def _has_bfloat16_instructions():
     return re.search(rb"\+(avx512bf16|amx-bf16)\b", program) is not None
 
 
-def has_form_on_cpu(a, b, contracted_axes, precision):
-    """Whether the product has a form of its own here."""
-    if is_algorithm(precision):
-        return precision in _ALGORITHMS
-    is_low = a.dtype != accumulator(a.dtype)
-    return is_low or _is_long_sum_of_one_row(a, b, contracted_axes)
+def cpu_form(a, b, contracted_axes, product, sharding):
+    """A function of ``a`` and ``b`` that multiplies them on a CPU, or None.
 
-
-def cpu_product(a, b, contracted_axes, precision, sharding):
-    """``lax.dot_general`` of operands of one dtype, in the dtype of its accumulator."""
+    It returns what ``lax.dot_general`` does, in the dtype of the accumulator. None is
+    ``lax.dot_general`` itself.
+    """
+    if 0 in a.shape or 0 in b.shape:
+        return None
+    dtype, precision = a.dtype, product.precision
     if precision in _ALGORITHMS:
-        dtype = _ALGORITHMS[precision]
-        a, b, precision = a.astype(dtype), b.astype(dtype), None
-    options = contracted_axes, precision, sharding
+        dtype, precision = jnp.dtype(_ALGORITHMS[precision]), None
+    elif is_algorithm(precision):
+        return None
+    if dtype != accumulator(dtype):
+        form = _low_form(a, b, dtype, contracted_axes, precision, sharding)
+        return lambda a, b: form(a.astype(dtype), b.astype(dtype))
+    if sharding is not None or not _is_long_sum_of_one_row(a, b, contracted_axes):
+        return None
 
+    def plain(a, b):
+        return _dot(a, b, contracted_axes, precision, sharding)
+
+    return _where_alone(partial(_sum_in_blocks, precision=precision), plain)
+
+
+def _low_form(a, b, dtype, contracted_axes, precision, sharding):
+    """The form of a product of operands of ``dtype``, float16 or bfloat16."""
+    options = contracted_axes, precision, sharding
     is_transposed = a.ndim - 1 not in contracted_axes[0]  # Gᵀ X
 
     def widened(a, b):
-        wide, axes = accumulator(a.dtype), contracted_axes
+        wide, axes = accumulator(dtype), contracted_axes
         if is_transposed and sharding is None and _is_better_flat(a, b):
             a, b, axes = _rows(a), _rows(b), ((0,), (0,))
         return _dot(a.astype(wide), b.astype(wide), axes, precision, sharding)
 
-    # Of float32 operands only a long sum of one row comes here.
-    if a.dtype == accumulator(a.dtype) and sharding is None:
-        return _where_alone(partial(_sum_in_blocks, precision=precision), widened)(a, b)
     # Only bfloat16 has a native path, and at one row memory is the limit.
-    if a.dtype != "bfloat16" or _is_one_row(a):
-        return widened(a, b)
-    form = bfloat16_form()
-    if form == WIDENED:
-        return widened(a, b)
-    is_copied = is_transposed and form == NATIVE
+    if dtype != "bfloat16" or _is_one_row(a) or bfloat16_form() == WIDENED:
+        return widened
+    is_copied = is_transposed and bfloat16_form() == NATIVE
     if is_copied and sharding is None and _is_cheaper_swapped(a, b):
-        return cpu_product(b, a, *options).T
+        swapped = _low_form(b, a, dtype, *options)
+        return lambda a, b: swapped(b, a).T
     is_gathered = not is_transposed and _has_gathered_rows(a, sharding)
 
     def fenced(a, b):
@@ -135,7 +141,7 @@ def cpu_product(a, b, contracted_axes, precision, sharding):
         dot = _transposed_dot if is_copied else _dot
         return lax.optimization_barrier(dot(a, b, *options))
 
-    return _where_alone(fenced, widened)(a, b)
+    return _where_alone(fenced, widened)
 
 
 def _dot(a, b, contracted_axes, precision, sharding):
@@ -174,7 +180,7 @@ def _has_gathered_rows(a, sharding):
 
 def _is_cheaper_swapped(G, X):
     """Whether it costs less to transpose X and the result than to transpose G."""
-    if any(map(export.is_symbolic_dim, G.shape + X.shape)):
+    if _is_symbolic(G, X):
         return False
     return G.size > X.size + G.shape[-1] * X.shape[-1]
 
@@ -184,9 +190,14 @@ def _is_better_flat(G, X):
 
     With several XLA copies G for Gᵀ X, and has another float32 copy for G W.
     """
-    if any(map(export.is_symbolic_dim, G.shape + X.shape)):
+    if _is_symbolic(G, X):
         return False
     return G.ndim > 2 and G.size > X.size and has_one_device()
+
+
+def _is_symbolic(a, b):
+    """Whether a size is not known yet, as in a program that is exported for any."""
+    return any(map(export.is_symbolic_dim, a.shape + b.shape))
 
 
 def _rows(a):

@@ -13,25 +13,26 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxlinear._checks import (
+from jaxlinear._arguments import (
     check_shapes,
-    checked_array,
-    checked_backward_dtype,
-    checked_reduce_dtype,
+    checked_arrays,
+    checked_dtype,
+    checked_products,
+    completed,
     compute_dtype,
 )
-from jaxlinear._plain import in_plain_autodiff, plain_linear
-from jaxlinear._precision import Precision, check_support, checked_precision
-from jaxlinear._products import (
+from jaxlinear._formulas import (
     bias_gradient,
     forward_product,
     input_gradient,
     weight_gradient,
 )
-from jaxlinear._types import (
+from jaxlinear._plain import in_plain_autodiff, plain_linear
+from jaxlinear._product import Products
+from jaxlinear._sharding import (
+    ArrayType,
     cotangent_type,
     is_traced_with_explicit_axes,
-    output_type,
     vary_together,
 )
 
@@ -42,9 +43,8 @@ def linear(
     bias: ArrayLike | None = None,
     *,
     dtype: DTypeLike | None = None,
-    precision: lax.PrecisionLike | Precision = None,
-    backward_dtype: DTypeLike | None = None,
-    reduce_dtype: DTypeLike | None = None,
+    precision: lax.PrecisionLike = None,
+    products: Products | None = None,
     out_sharding: NamedSharding | PartitionSpec | None = None,
 ) -> jax.Array:
     """Apply a linear layer to the last axis of ``x``: Y = X Wᵀ + B.
@@ -61,42 +61,42 @@ def linear(
     with the leading axes contracted in ∇W and summed in ∇B. Each product is
     accumulated in at least float32 and rounded once: Y to ``dtype``, each gradient
     to the dtype of its own argument. GPUs alone round Y before the bias is added, too,
-    as the naive formula does, unless ``reduce_dtype`` is float32: what is not rounded
-    would be written to memory first. With float32 weights and ``dtype=bfloat16``
-    the weight gradient therefore never passes through bfloat16. Reverse mode of any
-    order is supported, and forward mode of a gradient (``jax.hessian``); forward mode
-    of the layer itself needs :func:`jaxlinear.plain_autodiff`.
+    as the naive formula does, unless the forward product is asked to leave in float32:
+    what is not rounded would be written to memory first. With float32 weights and
+    ``dtype=bfloat16`` the weight gradient therefore never passes through bfloat16.
+    Reverse mode of any order is supported, and forward mode of a gradient
+    (``jax.hessian``); forward mode of the layer itself needs
+    :func:`jaxlinear.plain_autodiff`.
 
     The function is jitted. Its result has the checkpoint name ``"linear"``; the policy
     :func:`jaxlinear.save_linear_outputs` saves it.
 
     Args:
-      x: input, with at least one axis. Integers are promoted as in ``jax.numpy``.
+      x: input, with at least one axis. Like the others whatever ``jnp.asarray`` takes,
+        but no list. Integers are promoted as in ``jax.numpy``; where all arguments are
+        integers, so is Y, and there is no gradient.
       weight: matrix (out, in), the layout of PyTorch.
       bias: vector (out,), or None. It is added in the dtype in which the product leaves
         its accumulator.
-      dtype: floating or complex dtype of the product's operands and of the result.
+      dtype: floating or complex dtype of the products' operands and of the result.
         Default: the promoted dtype of the arguments.
-      precision: precision of the products, as in :func:`jax.lax.dot_general`, or a
-        :class:`jaxlinear.Precision` with one for each. TensorFloat32 is
-        ``"tensorfloat32"``, or ``"TF32_TF32_F32"`` and ``"TF32_TF32_F32_X3"`` where
-        the device must have it. Default: ``jax_default_matmul_precision``.
-      backward_dtype: dtype to which G, ``x`` and ``weight`` are cast for ∇X = G W and
-        ∇W = Gᵀ X. Default: ``dtype``. With ``dtype=float16``, bfloat16 keeps gradients
-        that would overflow in float16 or be flushed to zero; with ``dtype=bfloat16``,
-        float32 computes gradients from the unrounded arguments. G itself comes in
-        ``dtype``, and each gradient leaves in the dtype of its argument. Or
-        ``"alternative_float16"``: float16, with a hint to AMD GPUs (ROCm), some of
-        which then multiply in bfloat16 inside. Not run on such hardware.
-      reduce_dtype: dtype in which the products leave their accumulator, so the one in
-        which partial sums are added across devices: the dtype of their operands,
-        ``dtype`` or ``backward_dtype``, or its accumulator (float32 for bfloat16).
-        Default: the dtype of each result, or the accumulator's where another rounding
-        would follow: for a gradient of another dtype than the product's operands, and
-        for Y with a bias, but not on GPUs. With float32 weights and ``dtype=bfloat16``,
-        ``reduce_dtype=bfloat16`` halves the bytes that data parallelism sends, and
-        rounds the weight gradient to bfloat16. The bias and its gradient stay as they
-        are.
+      precision: precision of the three products, as in :func:`jax.lax.dot_general`.
+        TensorFloat32 is ``"tensorfloat32"``, or ``"TF32_TF32_F32"`` and
+        ``"TF32_TF32_F32_X3"`` where the device must have it. Default:
+        ``jax_default_matmul_precision``.
+      products: what one product has for itself, where it is not what ``dtype`` and
+        ``precision`` say for all three. ``Products(weight_grad=Product(...))`` with
+
+        - ``precision="highest"`` computes the weight gradient with all bits;
+        - ``dtype=float32``, under ``dtype=bfloat16``, from the unrounded arguments;
+          G itself comes in ``dtype``;
+        - ``dtype=bfloat16``, under ``dtype=float16``, keeps gradients that would
+          overflow in float16 or be flushed to zero;
+        - ``preferred_element_type=bfloat16``, under ``dtype=bfloat16``, halves the
+          bytes that data parallelism sends, and rounds the gradient to bfloat16.
+
+        Each gradient leaves in the dtype of its argument. The bias and its gradient
+        stay as they are.
       out_sharding: sharding of the result on a mesh with explicit axes, as in
         :func:`jax.lax.dot_general`.
 
@@ -104,11 +104,10 @@ def linear(
       Y, of shape (*, out) and dtype ``dtype``.
 
     Raises:
-      ValueError: if the shapes are not those above, ``precision`` is unknown, or the
-        device does not support it.
-      TypeError: if an argument is no array, ``dtype`` or ``backward_dtype`` is neither
-        floating nor complex, or is real while an argument is complex, or
-        ``reduce_dtype`` is not one of the above.
+      ValueError: if the shapes are not those above, or a precision is unknown.
+      TypeError: if an argument is no array, a dtype is neither floating nor complex, or
+        is real while an argument is complex, or a product cannot have the
+        ``preferred_element_type`` that was asked for.
 
     The formulas are those of ``torch.nn.Linear``:
     https://docs.pytorch.org/docs/stable/generated/torch.nn.Linear.html
@@ -122,40 +121,37 @@ def linear(
       Array([[8., 8., 8.],
              [8., 8., 8.]], dtype=float32)
     """
+    x, weight, bias = checked_arrays(x, weight, bias)
+    # What is left out costs no time in a call.
+    options = {}
+    if dtype is not None:
+        options["dtype"] = dtype = checked_dtype("dtype", dtype)
+    if products is not None or precision is not None:
+        options["products"] = checked_products(products, precision, dtype)
+    if out_sharding is not None:
+        options["out_sharding"] = out_sharding
     # Not jitted in the switch: libraries that replace `lax.dot_general` must see every
     # call. Nor inside a program with explicit axes: XLA would gather a sharded weight
     # for the forward pass and again for the backward (tests/test_collectives.py).
     bare = in_plain_autodiff() or is_traced_with_explicit_axes(weight)
-    apply = _checked_linear if bare else _jitted_linear
-    if precision is not None:
-        check_support(precision, x, weight)
-    # As one static argument, since each costs time in every call.
-    options = dtype, precision, backward_dtype, reduce_dtype, out_sharding
-    return apply(x, weight, bias, options)
+    apply = _apply if bare else _apply_jitted
+    return apply(x, weight, bias, **options)
 
 
-def _checked_linear(x, weight, bias, options):
-    dtype, precision, backward_dtype, reduce_dtype, out_sharding = options
-    x, weight = checked_array("x", x), checked_array("weight", weight)
-    bias = None if bias is None else checked_array("bias", bias)
+def _apply(x, weight, bias, *, dtype=None, products=None, out_sharding=None):
     check_shapes(x, weight, bias)
     dtype = compute_dtype(dtype, x, weight, bias)
-    precision = checked_precision(precision)
-    backward_dtype = checked_backward_dtype(backward_dtype, dtype)
-    reduce_dtype = checked_reduce_dtype(reduce_dtype, dtype, backward_dtype[0])
-    if in_plain_autodiff():
-        return plain_linear(x, weight, bias, dtype, precision.forward, out_sharding)
+    products = completed(products, dtype, x, weight, bias)
+    if in_plain_autodiff() or not jnp.issubdtype(dtype, jnp.inexact):
+        precision = products.forward.precision
+        return plain_linear(x, weight, bias, dtype, precision, out_sharding)
     operands = vary_together(x, weight, bias)
-    Y_type = output_type(dtype, precision.forward, reduce_dtype, bias, out_sharding)
-    gradient_precisions = precision.input_grad, precision.weight_grad, None
-    types = tuple(
-        cotangent_type(a, backward_dtype, gradient_precision, reduce_dtype)
-        for a, gradient_precision in zip(operands, gradient_precisions, strict=True)
-    )
-    return checkpoint_name(_linear(*operands, Y_type, types), "linear")
+    gradient_types = tuple(map(cotangent_type, operands))
+    Y = _linear(*operands, products, ArrayType(dtype, out_sharding), gradient_types)
+    return checkpoint_name(Y, "linear")
 
 
-_jitted_linear = jax.jit(_checked_linear, static_argnums=3)
+_apply_jitted = jax.jit(_apply, static_argnames=("dtype", "products", "out_sharding"))
 
 save_linear_outputs = jax.checkpoint_policies.save_only_these_names("linear")
 """A policy for ``jax.checkpoint``: save the result of every ``linear``, so that the
@@ -166,9 +162,9 @@ backward pass runs no forward product again, and recompute everything else."""
 # below decides in which dtype each gradient leaves its product.
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _linear(x, weight, bias, Y_type, gradient_types):
-    return forward_product(x, weight, bias, Y_type)
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _linear(x, weight, bias, products, Y_type, gradient_types):
+    return forward_product(x, weight, bias, products.forward, Y_type)
 
 
 # The rule. With y_no = Σ_i x_ni w_oi + b_o for each row n of the leading axes, and
@@ -182,22 +178,23 @@ def _linear(x, weight, bias, Y_type, gradient_types):
 # one is differentiated, and it is kept in the dtype in which the rule multiplies it.
 
 
-def _linear_forward(x, weight, bias, Y_type, gradient_types):
-    X, W = x.value.astype(Y_type.dtype), weight.value.astype(Y_type.dtype)
-    Y = forward_product(X, W, bias and bias.value, Y_type)
-    backward_dtype = gradient_types[0].operand_dtype
-    if backward_dtype != Y_type.dtype:
-        X, W = x.value.astype(backward_dtype), weight.value.astype(backward_dtype)
+def _linear_forward(x, weight, bias, products, Y_type, gradient_types):
+    forward, input_grad, weight_grad = (p.operand_dtype for p in products)
+    X, W = x.value.astype(forward), weight.value.astype(forward)
+    Y = forward_product(X, W, bias and bias.value, products.forward, Y_type)
+    X = X if weight_grad == forward else x.value.astype(weight_grad)
+    W = W if input_grad == forward else weight.value.astype(input_grad)
     kept_X = X if weight.perturbed else _not_kept()
     kept_W = W if x.perturbed else _not_kept()
     return Y, (kept_X, kept_W)
 
 
-def _linear_backward(Y_type, gradient_types, residuals, G):
+def _linear_backward(products, Y_type, gradient_types, residuals, G):
     X, W = residuals
+    _, input_grad, weight_grad = products
     X_type, W_type, B_type = gradient_types
-    grad_X = input_gradient(G, W, X_type) if _is_kept(W) else None
-    grad_W = weight_gradient(G, X, W_type) if _is_kept(X) else None
+    grad_X = input_gradient(G, W, input_grad, X_type) if _is_kept(W) else None
+    grad_W = weight_gradient(G, X, weight_grad, W_type) if _is_kept(X) else None
     grad_B = bias_gradient(G, B_type) if B_type else None
     return grad_X, grad_W, grad_B
 

@@ -1,50 +1,75 @@
 """The linear layer for Flax Linen."""
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxlinear._checks import (
+try:
+    from flax import linen as nn
+except ModuleNotFoundError as error:
+    message = "jaxlinear.linen needs Flax: pip install 'jaxlinear[flax]'"
+    raise ModuleNotFoundError(message, name=error.name) from error
+
+from jaxlinear._arguments import (
     Placement,
+    check_initializer,
     check_input,
     check_shapes,
     checked_array,
-    checked_backward_dtype,
-    checked_dtype,
+    checked_drawn,
     checked_features,
     checked_optional_dtype,
+    checked_param_dtype,
+    checked_products,
     checked_sharding,
+    refuse_others,
 )
-from jaxlinear._init import bias_sharding, placed, uniform
 from jaxlinear._linear import linear
-from jaxlinear._precision import Precision, checked_precision
+from jaxlinear._parameters import bias_sharding, created, swapped_names, uniform
+from jaxlinear._product import Products
 
 
 class Linear(nn.Module):
     """Y = X Wᵀ + B over the last axis, with the derivative of :func:`jaxlinear.linear`.
 
-    The parameters have PyTorch's names and layout, ``weight`` (out_features,
-    in_features) and ``bias`` (out_features,), where in_features is read from the input.
-    Both start from U(-√k, √k) with k = 1/in_features.
+    It takes the arguments of ``flax.linen.Dense``, with the same meaning: initializers
+    speak of a kernel (in, out). The parameters have PyTorch's names and layout,
+    ``weight`` (out, in) and ``bias`` (out,), where in is read from the input.
+
+    What looks for a parameter called ``kernel`` must be told of ``weight``:
+    ``nn.WeightNorm(layer, feature_axes=0, variable_filter={"weight"})``, or
+    ``"weight"`` in the mask of an optimizer.
 
     Attributes:
-      out_features: size of the last axis of the output.
+      features: size of the last axis of the output.
       use_bias: whether there is a bias.
       dtype: dtype of the computation and of the output. Default: the promoted dtype of
         the input and the parameters.
       param_dtype: dtype of the parameters.
-      weight_init: initializer of the weight, ``init(key, shape, dtype)``; wrap it in
-        ``nn.with_partitioning`` to name the weight's axes.
-      bias_init: initializer of the bias.
-      device: a ``jax.Device`` or a ``jax.sharding.Sharding`` where the parameters are
-        created. It shards the weight; the bias is sharded as the weight's first axis.
       precision: precision of the three products, as in :func:`jaxlinear.linear`.
-      backward_dtype: dtype of the backward products, as in :func:`jaxlinear.linear`.
-      reduce_dtype: dtype in which partial sums are added across devices, as in
-        :func:`jaxlinear.linear`.
+      kernel_init: initializer ``init(key, shape, dtype)`` that draws the transposed
+        weight (in, features); the names of ``nn.with_partitioning`` are those of the
+        axes (in, out), and are kept as those of the weight's (out, in). Default:
+        U(-√k, √k), k = 1/in_features, as in PyTorch.
+      bias_init: initializer of the bias. Default: the same distribution.
+      products: what one product has for itself, as in :func:`jaxlinear.linear`.
+      device: a ``jax.Device`` or a ``jax.sharding.Sharding`` where the parameters are
+        created. It shards the weight (out, in); the bias is sharded as the weight's
+        first axis.
+      promote_dtype, dot_general, dot_general_cls: Flax's, which have no place here, and
+        are refused.
+
+    Raises:
+      ValueError: if ``features`` is negative, a precision is unknown, or an initializer
+        returns another shape.
+      TypeError: if ``features`` is no integer, a dtype is neither floating nor complex,
+        ``device`` is neither a device nor a sharding, or an initializer cannot be
+        called.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -54,16 +79,30 @@ class Linear(nn.Module):
       {'params': {'bias': (2,), 'weight': (2, 3)}}
     """
 
-    out_features: int
+    features: int
     use_bias: bool = True
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
-    weight_init: nn.initializers.Initializer | None = None
+    precision: lax.PrecisionLike = None
+    kernel_init: nn.initializers.Initializer | None = None
     bias_init: nn.initializers.Initializer | None = None
+    promote_dtype: Any = None
+    dot_general: Any = None
+    dot_general_cls: Any = None
+    products: Products | None = None
     device: Placement | None = None
-    precision: lax.PrecisionLike | Precision = None
-    backward_dtype: DTypeLike | None = None
-    reduce_dtype: DTypeLike | None = None
+
+    def __post_init__(self):
+        others = "promote_dtype", "dot_general", "dot_general_cls"
+        refuse_others([name for name in others if getattr(self, name) is not None])
+        checked_features("features", self.features)
+        checked_param_dtype(self.param_dtype)
+        dtype = checked_optional_dtype("dtype", self.dtype)
+        checked_products(self.products, self.precision, dtype)
+        check_initializer("kernel_init", self.kernel_init)
+        check_initializer("bias_init", self.bias_init)
+        checked_sharding("device", self.device)
+        super().__post_init__()
 
     @nn.compact
     def __call__(
@@ -79,10 +118,8 @@ class Linear(nn.Module):
           Y (*, out_features).
 
         Raises:
-          ValueError: if ``x`` is a scalar, ``out_features`` is negative, or
-            ``precision`` is unknown.
-          TypeError: if ``x`` is no array, ``out_features`` no integer, a dtype neither
-            floating nor complex, or ``device`` neither a device nor a sharding.
+          ValueError: if ``x`` is a scalar, or its last axis is not in_features.
+          TypeError: if ``x`` is no array.
         """
         x = checked_array("x", x)
         check_input(x)
@@ -90,30 +127,44 @@ class Linear(nn.Module):
         if weight is not None:
             # Flax would refuse another number of features without naming `x`.
             check_shapes(x, weight, bias=None)
-        in_features = x.shape[-1]
-        out_features = checked_features("out_features", self.out_features)
-        dtype = checked_optional_dtype("dtype", self.dtype)
-        checked_precision(self.precision)
-        checked_backward_dtype(self.backward_dtype, dtype)
-        reduce_dtype = checked_optional_dtype("reduce_dtype", self.reduce_dtype)
-        param_dtype = checked_dtype("param_dtype", self.param_dtype)
+        in_features, features = x.shape[-1], checked_features("features", self.features)
+        param_dtype = checked_param_dtype(self.param_dtype)
         sharding = checked_sharding("device", self.device)
 
-        init = placed(self.weight_init or uniform(in_features), sharding)
-        weight = self.param("weight", init, (out_features, in_features), param_dtype)
+        init = uniform(in_features) if self.kernel_init is None else self.kernel_init
+        init = functools.partial(created, init, _weight)
+        shape = in_features, features
+        weight = self.param("weight", init, shape, param_dtype, sharding)
         bias = None
         if self.use_bias:
-            init = placed(
-                self.bias_init or uniform(in_features), bias_sharding(sharding)
-            )
-            bias = self.param("bias", init, (out_features,), param_dtype)
+            init = uniform(in_features) if self.bias_init is None else self.bias_init
+            init = functools.partial(created, init, _bias)
+            sharding = bias_sharding(sharding)
+            bias = self.param("bias", init, (features,), param_dtype, sharding)
         return linear(
             x,
             weight,
             bias,
-            dtype=dtype,
+            dtype=self.dtype,
             precision=self.precision,
-            backward_dtype=self.backward_dtype,
-            reduce_dtype=reduce_dtype,
+            products=self.products,
             out_sharding=out_sharding,
         )
+
+
+def _weight(kernel, shape):
+    """The weight (out, in) of a kernel, which may be in a box that names its axes."""
+    if not isinstance(kernel, nn.meta.AxisMetadata):
+        return checked_drawn("kernel_init", kernel, shape).T
+    if not isinstance(kernel, nn.Partitioned):
+        raise TypeError(
+            "`kernel_init` must return an array or a flax.linen.Partitioned, got"
+            f" {type(kernel).__name__}"
+        )
+    weight = checked_drawn("kernel_init", kernel.value, shape).T
+    return kernel.replace(value=weight, names=swapped_names(kernel.names))
+
+
+def _bias(bias, shape):
+    checked_drawn("bias_init", nn.unbox(bias), shape)
+    return bias

@@ -1,35 +1,48 @@
 """The linear layer for Flax NNX."""
 
+import dataclasses
 import types
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxlinear._checks import (
+try:
+    from flax import nnx
+except ModuleNotFoundError as error:
+    message = "jaxlinear.nnx needs Flax: pip install 'jaxlinear[flax]'"
+    raise ModuleNotFoundError(message, name=error.name) from error
+
+from jaxlinear._arguments import (
     Placement,
-    checked_backward_dtype,
-    checked_dtype,
+    check_initializer,
+    checked_drawn,
     checked_features,
     checked_optional_dtype,
+    checked_param_dtype,
+    checked_products,
     checked_sharding,
+    refuse_others,
 )
-from jaxlinear._init import bias_sharding, placed, uniform
 from jaxlinear._linear import linear
-from jaxlinear._precision import Precision, checked_precision
+from jaxlinear._parameters import bias_sharding, created, swapped_names, uniform
+from jaxlinear._product import Products
 
 
 class Linear(nnx.Module):
     """Y = X Wᵀ + B over the last axis, with the derivative of :func:`jaxlinear.linear`.
 
-    The parameters have PyTorch's names and layout, ``weight`` (out_features,
-    in_features) and ``bias`` (out_features,), so that a PyTorch state dict loads as it
-    is. Both start from U(-√k, √k) with k = 1/in_features.
+    It takes the arguments of ``flax.nnx.Linear``, with the same meaning: initializers
+    and metadata speak of a kernel (in, out). The parameters have PyTorch's names and
+    layout, ``weight`` (out_features, in_features) and ``bias`` (out_features,), so that
+    a PyTorch state dict loads as it is. What looks for a parameter called ``kernel``
+    must be told of ``weight``: ``nnx.WeightNorm(layer, feature_axes=0,
+    variable_filter=nnx.PathContains("weight"))``, or ``"weight"`` in the mask of an
+    optimizer.
 
     Args:
       in_features: size of the last axis of the input.
@@ -39,22 +52,27 @@ class Linear(nnx.Module):
         the input and the parameters.
       param_dtype: dtype of the parameters.
       precision: precision of the three products, as in :func:`jaxlinear.linear`.
-      backward_dtype: dtype of the backward products, as in :func:`jaxlinear.linear`.
-      reduce_dtype: dtype in which partial sums are added across devices, as in
-        :func:`jaxlinear.linear`.
-      weight_init: initializer of the weight, ``init(key, shape, dtype)``.
-      bias_init: initializer of the bias.
+      products: what one product has for itself, as in :func:`jaxlinear.linear`.
+      kernel_init: initializer ``init(key, shape, dtype)`` that draws the transposed
+        weight (in_features, out_features). Default: U(-√k, √k), k = 1/in_features, as
+        in PyTorch.
+      bias_init: initializer of the bias. Default: the same distribution.
       device: a ``jax.Device`` or a ``jax.sharding.Sharding`` where the parameters are
-        created. It shards the weight; the bias is sharded as the weight's first axis.
-        Name the axes in the metadata then, not by ``nnx.with_partitioning``.
+        created. It shards the weight (out, in); the bias is sharded as the weight's
+        first axis. Name the axes in the metadata then, not by
+        ``nnx.with_partitioning``.
       rngs: random number generators; the stream ``params`` draws the parameters.
-      weight_metadata: metadata of the weight's ``nnx.Param``, such as ``out_sharding``.
+      kernel_metadata: metadata of the weight's ``nnx.Param``. An ``out_sharding`` names
+        the axes (in, out), and is kept as that of the weight's (out, in).
       bias_metadata: metadata of the bias's ``nnx.Param``.
 
     Raises:
-      ValueError: if a number of features is negative, or ``precision`` is unknown.
+      ValueError: if a number of features is negative, a precision is unknown, or an
+        initializer returns another shape.
       TypeError: if a number of features is no integer, a dtype is neither floating nor
-        complex, or ``device`` is neither a device nor a sharding.
+        complex, ``device`` is neither a device nor a sharding, an initializer cannot be
+        called, or an argument is one of Flax's that has no place here
+        (``dot_general``, ``promote_dtype``, ``preferred_element_type``).
 
     Example:
       >>> import jax.numpy as jnp
@@ -73,37 +91,48 @@ class Linear(nnx.Module):
         use_bias: bool = True,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
-        precision: lax.PrecisionLike | Precision = None,
-        backward_dtype: DTypeLike | None = None,
-        reduce_dtype: DTypeLike | None = None,
-        weight_init: nnx.Initializer | None = None,
+        precision: lax.PrecisionLike = None,
+        products: Products | None = None,
+        kernel_init: nnx.Initializer | None = None,
         bias_init: nnx.Initializer | None = None,
         device: Placement | None = None,
         rngs: nnx.Rngs,
-        weight_metadata: Mapping[str, Any] = types.MappingProxyType({}),
+        kernel_metadata: Mapping[str, Any] = types.MappingProxyType({}),
         bias_metadata: Mapping[str, Any] = types.MappingProxyType({}),
+        **others: Any,
     ):
+        refuse_others(others)
         self.in_features = checked_features("in_features", in_features)
         self.out_features = checked_features("out_features", out_features)
         self.use_bias = use_bias
         self.dtype = checked_optional_dtype("dtype", dtype)
-        checked_precision(precision)
+        self.param_dtype = checked_param_dtype(param_dtype)
+        checked_products(products, precision, self.dtype)
         self.precision = precision
-        checked_backward_dtype(backward_dtype, self.dtype)
-        self.backward_dtype = backward_dtype
-        self.reduce_dtype = checked_optional_dtype("reduce_dtype", reduce_dtype)
-        self.param_dtype = checked_dtype("param_dtype", param_dtype)
+        self.products = products
+        check_initializer("kernel_init", kernel_init)
+        check_initializer("bias_init", bias_init)
         sharding = checked_sharding("device", device)
 
-        init = placed(weight_init or uniform(in_features), sharding)
-        weight = init(
-            rngs.params(), (self.out_features, self.in_features), self.param_dtype
+        weight = created(
+            uniform(in_features) if kernel_init is None else kernel_init,
+            _weight,
+            rngs.params(),
+            (self.in_features, self.out_features),
+            self.param_dtype,
+            sharding,
         )
-        self.weight = nnx.Param(weight, **weight_metadata)
+        self.weight = nnx.Param(weight, **_swapped_metadata(kernel_metadata))
         self.bias: nnx.Param[jax.Array] | None = nnx.data(None)
         if use_bias:
-            init = placed(bias_init or uniform(in_features), bias_sharding(sharding))
-            bias = init(rngs.params(), (self.out_features,), self.param_dtype)
+            bias = created(
+                uniform(in_features) if bias_init is None else bias_init,
+                _bias,
+                rngs.params(),
+                (self.out_features,),
+                self.param_dtype,
+                bias_sharding(sharding),
+            )
             self.bias = nnx.Param(bias, **bias_metadata)
 
     def __call__(
@@ -128,7 +157,28 @@ class Linear(nnx.Module):
             bias,
             dtype=self.dtype,
             precision=self.precision,
-            backward_dtype=self.backward_dtype,
-            reduce_dtype=self.reduce_dtype,
+            products=self.products,
             out_sharding=out_sharding,
         )
+
+
+def _weight(kernel, shape):
+    """The weight (out, in) of a kernel, which may be in a box with metadata."""
+    if not isinstance(kernel, nnx.VariableMetadata):
+        return checked_drawn("kernel_init", kernel, shape).T
+    weight = checked_drawn("kernel_init", kernel.raw_value, shape).T
+    metadata = _swapped_metadata(kernel.metadata)
+    return dataclasses.replace(kernel, raw_value=weight, metadata=metadata)
+
+
+def _swapped_metadata(metadata):
+    # Flax's name of the sharding, and those that it had before.
+    names = {"out_sharding", "sharding", "sharding_names"} & metadata.keys()
+    swapped = {n: metadata[n] and swapped_names(metadata[n]) for n in names}
+    return {**metadata, **swapped}
+
+
+def _bias(bias, shape):
+    is_boxed = isinstance(bias, nnx.VariableMetadata)
+    checked_drawn("bias_init", bias.raw_value if is_boxed else bias, shape)
+    return bias

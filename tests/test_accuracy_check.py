@@ -8,10 +8,10 @@ import sys
 
 import numpy as np
 import pytest
+from jaxlinear._accuracy import DTYPES, QUANTITIES, Measurement, measured
 
 from jaxlinear import __main__ as command
 from jaxlinear import _accuracy
-from jaxlinear._accuracy import DTYPES, QUANTITIES, Measurement, measured
 
 LAYERS = "jaxlinear", "naive", "Flax"
 

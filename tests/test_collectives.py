@@ -2,11 +2,10 @@
 
 On CPU XLA sends low precision as float32, so the bytes are the same whatever the dtype
 of a sum. On accelerators they follow the dtype in which a product leaves its
-accumulator: `reduce_dtype`, which tests/test_products.py looks at, and
-tests/targets/test_reduction.py where the compiler for TPUs is installed.
+accumulator, its `preferred_element_type`: tests/deep/targets/test_reduction.py, where
+the compiler for TPUs is installed.
 """
 
-import functools
 import math
 import re
 
@@ -101,17 +100,12 @@ def assert_collectives_of_naive(*case):
     assert ours == collectives(compiled_gradients(naive, *case))
 
 
-@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+# The other dtypes, and layers without a bias, are in `deep/test_collectives.py`.
+@pytest.mark.parametrize("dtypes", [DTYPES["mixed"]], ids=["mixed"])
 @each_layout
 @each_axis_type
 def test_collectives_are_those_of_the_naive_formula(axis_type, layout, dtypes):
     assert_collectives_of_naive(axis_type, layout, dtypes, True)
-
-
-@each_layout
-@each_axis_type
-def test_collectives_without_a_bias_are_those_of_the_naive_formula(axis_type, layout):
-    assert_collectives_of_naive(axis_type, layout, DTYPES["mixed"], False)
 
 
 def test_collectives_are_found_in_the_program():
@@ -122,25 +116,3 @@ def test_collectives_are_found_in_the_program():
     found = collectives(program)
     assert ("all-reduce", OUT * IN * 4) in found
     assert ("all-reduce", OUT * 4) in found
-
-
-def weight_gradient_reduction(reduce_dtype):
-    """The result dtype of the weight gradient's product, as a TPU is given it."""
-    layer = functools.partial(linear, dtype="bfloat16", reduce_dtype=reduce_dtype)
-    x = jax.ShapeDtypeStruct((BATCH, IN), "bfloat16")
-    weight = jax.ShapeDtypeStruct((OUT, IN), "float32")
-
-    def gradient(x, weight):
-        return jax.grad(lambda w: jnp.sum(layer(x, w).astype("float32")))(weight)
-
-    lowered = jax.jit(gradient).trace(x, weight).lower(lowering_platforms=("tpu",))
-    (dtype,) = set(
-        re.findall(rf"dot_general.*-> tensor<{OUT}x{IN}x(\w+)>", lowered.as_text())
-    )
-    return dtype
-
-
-def test_weight_gradient_is_reduced_in_its_own_dtype_or_the_one_asked_for():
-    # XLA reduces the result of the product: a cast that follows changes nothing.
-    assert weight_gradient_reduction(None) == "f32"
-    assert weight_gradient_reduction("bfloat16") == "bf16"

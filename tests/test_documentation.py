@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import importlib.metadata
 import pathlib
 import pkgutil
 import re
@@ -15,7 +16,7 @@ README = pathlib.Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(
     r"^```python\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE
 )
-MODULES = [m.name for m in pkgutil.iter_modules(jaxlinear.__path__, "jaxlinear.")]
+MODULES = [m.name for m in pkgutil.walk_packages(jaxlinear.__path__, "jaxlinear.")]
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +42,7 @@ def test_public_functions_and_classes_have_examples():
     from jaxlinear import linen, nnx
 
     functions = jaxlinear.linear, jaxlinear.plain_autodiff, jaxlinear.explain
-    classes = jaxlinear.Precision, nnx.Linear, linen.Linear
+    classes = jaxlinear.Products, nnx.Linear, linen.Linear
     for public in functions + classes:
         assert doctest.DocTestParser().get_examples(public.__doc__)
 
@@ -52,15 +53,36 @@ def test_importing_the_package_needs_jax_alone():
 
     program = (
         "import sys; sys.modules['flax'] = None; import jaxlinear;"
-        " print(*sorted(n for n in vars(jaxlinear) if not n.startswith('_')))"
+        " print(*sorted(n for n in vars(jaxlinear) if not n.startswith('_')))\n"
+        "for api in 'nnx', 'linen':\n"
+        "    try: getattr(jaxlinear, api)\n"
+        "    except ModuleNotFoundError as error: print(error)"
     )
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    assert result.stdout.split() == [
-        "Precision",
+    names, *refusals = result.stdout.splitlines()
+    assert names.split() == [
+        "ALTERNATIVE_FLOAT16",
+        "Product",
+        "Products",
         "explain",
+        "inspect",  # a module
         "linear",
         "plain_autodiff",
         "save_linear_outputs",
     ]
+    assert refusals == [
+        f"jaxlinear.{api} needs Flax: pip install 'jaxlinear[flax]'"
+        for api in ("nnx", "linen")
+    ]
+
+
+def test_modules_are_there_without_an_import_of_their_own():
+    assert jaxlinear.nnx.Linear
+    assert jaxlinear.linen.Linear
+    assert jaxlinear.__version__ == importlib.metadata.version("jaxlinear")
+    with pytest.raises(
+        AttributeError, match=r"^module 'jaxlinear' has no attribute 'a'"
+    ):
+        _ = jaxlinear.a

@@ -12,44 +12,37 @@ from oracle import naive
 
 import jaxlinear.linen
 import jaxlinear.nnx
-from jaxlinear import Precision, _cpu, explain, linear
-from jaxlinear._hlo import bits, collectives, instructions
+from jaxlinear import Product, Products, _cpu, explain, linear
+from jaxlinear.inspect._hlo import bits, collectives, instructions
 
 ROWS, IN, OUT = 256, 512, 128
 X, W, B = (
     jax.ShapeDtypeStruct(shape, "float32") for shape in ((ROWS, IN), (OUT, IN), (OUT,))
 )
 NAMES = ["forward product", "input gradient", "weight gradient"]
-THREE = Precision("highest", "high", "default")
+THREE = Products(*(Product(precision=p) for p in ("highest", "high", "default")))
 
 
 def facts(explanation):
-    return {
-        p.name: (p.count, *p.operands, p.accumulator, p.result, p.precision)
-        for p in explanation.products
-    }
+    return {p.name: (p.count, p.product, p.result) for p in explanation.products}
 
 
 def test_the_three_products_with_their_dtypes_and_precisions(use_form):
     use_form(_cpu.NATIVE)
-    layer = functools.partial(linear, dtype="bfloat16", precision=THREE)
-    bf16 = (1, "bfloat16", "bfloat16", "float32")
-    assert facts(explain(layer, X, W, B)) == {
-        "forward product": (*bf16, "bfloat16", "highest"),
-        "input gradient": (*bf16, "float32", "high"),
-        "weight gradient": (*bf16, "float32", "default"),
+    explanation = explain(linear, X, W, B, dtype="bfloat16", products=THREE)
+    operands = "bfloat16", "bfloat16"
+    assert facts(explanation) == {
+        "forward product": (1, Product(operands, "highest", "float32"), "bfloat16"),
+        "input gradient": (1, Product(operands, "high", "float32"), "float32"),
+        "weight gradient": (1, Product(operands, "default", "float32"), "float32"),
     }
 
 
 def test_the_dtypes_are_those_of_the_device_and_not_those_of_the_source():
     # CPUs have no product of float16: its operands become float32.
-    layer = functools.partial(linear, dtype="float16")
-    f32 = (1, "float32", "float32", "float32")
-    assert facts(explain(layer, X, W, B))["forward product"] == (
-        *f32,
-        "float16",
-        "default",
-    )
+    explanation = explain(linear, X, W, B, dtype="float16")
+    product = Product(("float32", "float32"), "default", "float32")
+    assert facts(explanation)["forward product"] == (1, product, "float16")
 
 
 def test_only_the_products_that_run_are_there():
@@ -130,6 +123,30 @@ def test_modules_of_each_kind_with_their_parameters_differentiated():
     assert first.name == "other, forward pass"
 
 
+class InTraining(linen.Module):
+    """A model whose call has a flag that decides in Python, and a scale."""
+
+    @linen.compact
+    def __call__(self, x, train=False, *, scale=1.0):
+        x = jaxlinear.linen.Linear(OUT)(x) * scale
+        if train:
+            x = jaxlinear.linen.Linear(OUT)(x)
+        x = linen.Dropout(0.5, deterministic=not train)(x)
+        return linen.BatchNorm(use_running_average=not train)(x)
+
+
+def test_flags_of_a_model_and_keyword_arguments_are_passed_on():
+    options = {"rngs": {"dropout": jax.random.key(0)}, "mutable": ["batch_stats"]}
+    for flag, count in (False, 1), (True, 2):
+        by_name = explain(InTraining(), X, train=flag, scale=jnp.ones(()), **options)
+        by_position = explain(InTraining(), X, flag, **options)
+        for explanation in (by_name, by_position):
+            assert [p.count for p in explanation.products] == [count] * 3
+    assert (
+        explain(linear, weight=W, x=X).saved_bytes == explain(linear, X, W).saved_bytes
+    )
+
+
 def test_a_loss_with_integer_labels():
     def loss(weight, x, labels):
         logits = linear(x, weight)
@@ -152,7 +169,7 @@ def test_it_prints_as_tables_that_a_notebook_renders():
     explanation = explain(linear, X, W, B)
     text = repr(explanation)
     assert text == str(explanation) == explanation._repr_markdown_()
-    assert "| forward product |     1 | float32 × float32 |     float32 |" in text
+    assert "| forward product |     1 | float32 × float32 |   default |" in text
     assert f"Saved for the backward pass: {4 * (ROWS + OUT) * IN:,} bytes." in text
     assert text.endswith("No collectives.")
     for line in text.splitlines():

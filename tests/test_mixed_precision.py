@@ -8,9 +8,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from oracle import exact, naive, relative_error
 
-from jaxlinear import linear
+from jaxlinear import Product, Products, linear
 
 ROWS, IN, OUT = 4096, 512, 512
+REDUCED_IN_BFLOAT16 = Products(weight_grad=Product(preferred_element_type="bfloat16"))
 
 
 def flax_linear(x, weight, bias, dtype):
@@ -64,7 +65,7 @@ def test_parameter_gradients_keep_float32_accuracy_under_bfloat16_compute(device
 
 def test_weight_gradient_that_is_reduced_in_bfloat16_has_the_error_of_autodiff():
     arguments, (expected, _) = problem()
-    reduced_in_bfloat16 = functools.partial(linear, reduce_dtype="bfloat16")
+    reduced_in_bfloat16 = functools.partial(linear, products=REDUCED_IN_BFLOAT16)
     ours, autodiff = (
         relative_error(parameter_gradients(layer, 8)(*arguments)[0], expected)
         for layer in (reduced_in_bfloat16, naive)

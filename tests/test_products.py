@@ -1,137 +1,415 @@
-"""The products as each platform is given them: operands, result, and no failure."""
+"""Each product has what was asked of it: operands, precision, and how it leaves."""
 
 import functools
-import pathlib
-import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from oracle import exact, naive, random_problem, relative_error, wide
+from flax import nnx
+from jax import lax
+from jax.lax import DotAlgorithmPreset
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from lowered import lowered_products, products_by_shape
+from oracle import assert_rounded_once, exact, naive, random_problem, relative_error
 
-from jaxlinear import _cpu, linear
+import jaxlinear
+import jaxlinear.linen
+import jaxlinear.nnx
+from jaxlinear import ALTERNATIVE_FLOAT16, Product, Products, linear
 
-each_form = pytest.mark.parametrize("form", _cpu.REASONS)
-
-
-@pytest.mark.skipif(
-    not pathlib.Path("/proc/cpuinfo").exists(), reason="needs Linux's list of features"
-)
-def test_bfloat16_instructions_are_those_that_the_system_lists():
-    flags = set(pathlib.Path("/proc/cpuinfo").read_text().split())
-    listed = not flags.isdisjoint({"avx512_bf16", "amx_bf16"})
-    assert _cpu._has_bfloat16_instructions() is listed
-
-
-@each_form
-def test_values_are_right_whatever_the_form(form, use_form):
-    use_form(form)
-    x, weight, bias, cotangent = random_problem((64,), 48, 40, "bfloat16")
-    Y, vjp = jax.vjp(jax.jit(linear), x, weight, bias)
-    eps = float(jnp.finfo("bfloat16").eps)
-    for ours, (expected, _) in zip(
-        (Y, *vjp(cotangent)), exact(x, weight, bias, cotangent), strict=True
-    ):
-        assert relative_error(ours, expected) < eps
+ROWS, IN, OUT = 64, 32, 48  # Each product has a result of another shape.
+SHAPES = {"forward": (ROWS, OUT), "input_grad": (ROWS, IN), "weight_grad": (OUT, IN)}
 
 
-@pytest.mark.parametrize("form", [_cpu.SHARED, _cpu.WIDENED])
-def test_long_sums_are_as_accurate_as_in_float32_without_bfloat16_instructions(
-    form, use_form
-):
-    use_form(form)
-    x, _, _, cotangent = random_problem((4096,), 512, 512, "bfloat16")
-    weight = jnp.zeros((512, 512))
-    _, vjp = jax.vjp(lambda w: linear(x, w, dtype="bfloat16"), weight)
-    expected = wide(cotangent).T @ wide(x)
-    in_float32 = jax.jit(lambda G, X: G.astype("float32").T @ X.astype("float32"))
-    of_float32 = relative_error(in_float32(cotangent, x), expected)
-    assert relative_error(vjp(cotangent)[0], expected) <= 1.01 * of_float32
+def problem(dtype="float32"):
+    return random_problem((ROWS,), IN, OUT, dtype)
 
 
-@each_form
-@pytest.mark.parametrize("precision", [None, "BF16_BF16_F32"])
-@pytest.mark.parametrize("weight_axis", [None, 0, 2])
-@pytest.mark.parametrize("x_axis", [None, 0, 2])
-def test_transposed_gradients_in_mixed_precision(
-    x_axis, weight_axis, precision, form, use_form
-):
-    use_form(form)
-    # XLA's CPU backend folds the transpose into the product, and fails when it runs one
-    # that takes bfloat16 operands and has a float32 result.
-    x, weight, _, _ = random_problem((2, 3), 8, 2, "float32")
-    if x_axis is not None:
-        x = jnp.stack([x, -x], x_axis)
-    if weight_axis is not None:
-        weight = jnp.stack([weight, 2 * weight], weight_axis)
+def results(layer, x, weight, bias, cotangent):
+    """Y and the three gradients."""
+    Y, vjp = jax.vjp(layer, x, weight, bias)
+    return Y, *vjp(cotangent.astype(Y.dtype))
 
-    def gradients(layer):
-        def loss(x, weight):
-            Y = layer(x, weight, dtype="bfloat16")
-            return jnp.sum(Y.astype("float32") ** 2)
 
-        def transposed(x, weight):
-            return [gradient.T for gradient in jax.grad(loss, (0, 1))(x, weight)]
+def lowered(argument_dtype="float32", platform="cuda", **options):
+    """Each product of a forward and backward pass, by its field of ``Products``."""
+    function = functools.partial(results, functools.partial(linear, **options))
+    found = products_by_shape(function, *problem(argument_dtype), platform=platform)
+    return {field: found[shape] for field, shape in SHAPES.items()}
 
-        axes = x_axis, weight_axis
-        return jax.jit(
-            transposed if axes == (None, None) else jax.vmap(transposed, axes)
+
+def gradients(products):
+    return Products(input_grad=products, weight_grad=products)
+
+
+# The layer in each API, and where programs differ: each a function of x and weight.
+
+
+def in_nnx(x, weight, **options):
+    layer = nnx.eval_shape(
+        lambda: jaxlinear.nnx.Linear(
+            IN, OUT, use_bias=False, rngs=nnx.Rngs(0), **options
         )
-
-    # The two differ by their roundings, a few of half a bfloat16 eps each.
-    tolerance = 4 * float(jnp.finfo("bfloat16").eps)
-    layer = functools.partial(linear, precision=precision)
-    for ours, expected in zip(
-        gradients(layer)(x, weight), gradients(naive)(x, weight), strict=True
-    ):
-        assert relative_error(ours, wide(expected)) < tolerance
-
-
-@each_form
-@pytest.mark.parametrize("weight_is_transposed", [False, True])
-def test_a_transposed_operand_that_is_cast_in_another_function(
-    weight_is_transposed, form, use_form
-):
-    use_form(form)
-    # XLA folds the transpose into the product later than where there is one function.
-    x, weight, _, _ = random_problem((8,), 16, 4, "float32")
-    inner = jax.jit(functools.partial(linear, dtype="bfloat16"))
-
-    @jax.jit
-    def layer(x_transposed, weight):
-        weight = weight.T if weight_is_transposed else weight
-        return inner(x_transposed.T, weight)
-
-    Y = layer(x.T, weight.T if weight_is_transposed else weight)
-    expected = wide(x) @ wide(weight).T
-    assert relative_error(Y, expected) < 2 * float(jnp.finfo("bfloat16").eps)
-
-
-@each_form
-@pytest.mark.parametrize("leading", [(64,), (4, 16)], ids=str)
-def test_weight_gradient_of_many_more_outputs_than_inputs(leading, form, use_form):
-    use_form(form)
-    # On CPU it is the transposed product of the swapped operands, or that of rows.
-    x, weight, _, cotangent = random_problem(leading, 8, 32, "bfloat16")
-    (gradient,) = jax.vjp(lambda weight: linear(x, weight), weight)[1](cotangent)
-    expected = wide(cotangent).reshape(-1, 32).T @ wide(x).reshape(-1, 8)
-    assert relative_error(gradient, expected) < float(jnp.finfo("bfloat16").eps)
-
-
-def product_types(function, *arguments, platform):
-    lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,))
-    products = re.findall(
-        r"stablehlo.dot_general.*: \(tensor<\S*x(\w+)>, tensor<\S*x(\w+)>\)"
-        r" -> tensor<\S*x(\w+)>",
-        lowered.as_text(),
     )
-    return [" ".join(types) for types in products]
+    layer.weight = nnx.Param(weight)
+    return layer(x)
 
 
-# dtype of x and weight, with a bias, reduce_dtype: operands and result of the forward
-# product, the input gradient and the weight gradient. None: Y is rounded once the bias
-# is added, but for GPUs before.
-PRODUCTS = {
+def in_linen(x, weight, **options):
+    layer = jaxlinear.linen.Linear(OUT, use_bias=False, **options)
+    return layer.apply({"params": {"weight": weight}}, x)
+
+
+def under_vmap(x, weight, **options):
+    # Of one element: gradients of several are added up by JAX, each of its own dtype.
+    return jax.vmap(functools.partial(linear, **options), (0, None))(x[None], weight)[0]
+
+
+def on_an_explicit_mesh(x, weight, **options):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    x = jax.reshard(x, NamedSharding(mesh, P("data")))
+    Y = linear(x, jax.reshard(weight, NamedSharding(mesh, P())), **options)
+    return jax.reshard(Y, NamedSharding(mesh, P()))
+
+
+EVERYWHERE = {
+    "linear": linear,
+    "jit": lambda x, weight, **options: jax.jit(functools.partial(linear, **options))(
+        x, weight
+    ),
+    "nnx": in_nnx,
+    "linen": in_linen,
+    "vmap": under_vmap,
+    "explicit mesh": on_an_explicit_mesh,
+}
+everywhere = pytest.mark.parametrize("layer", EVERYWHERE.values(), ids=EVERYWHERE)
+
+
+@everywhere
+def test_a_gradient_that_is_reduced_in_bfloat16_is_rounded_and_no_other(layer):
+    x, weight, _, cotangent = problem()
+    halved = Products(weight_grad=Product(preferred_element_type="bfloat16"))
+
+    def values(products):
+        apply = functools.partial(layer, dtype="bfloat16", products=products)
+        Y, vjp = jax.vjp(apply, x, weight)
+        return Y, *vjp(cotangent.astype("bfloat16"))
+
+    (Y, of_x, of_weight), (Y_, of_x_, of_weight_) = values(halved), values(None)
+    np.testing.assert_array_equal(Y, Y_)
+    np.testing.assert_array_equal(of_x, of_x_)
+    assert of_weight.dtype == "float32"
+    np.testing.assert_array_equal(of_weight, of_weight.astype("bfloat16"))
+    assert np.any(of_weight_ != of_weight_.astype("bfloat16").astype("float32"))
+
+
+@everywhere
+def test_gradients_that_float16_flushes_to_zero_survive_in_bfloat16(layer):
+    # 1e-9 is less than half the smallest subnormal number of float16, 6e-8.
+    x, weight = jnp.full((ROWS, IN), 1e-9), jnp.full((OUT, IN), 1e-9)
+    cotangent = jnp.ones((ROWS, OUT), "float16")
+    backward = gradients(Product("bfloat16"))
+    for products, of_x, of_weight in (None, 0, 0), (backward, OUT, ROWS):
+        apply = functools.partial(layer, dtype="float16", products=products)
+        found = jax.vjp(apply, x, weight)[1](cotangent)
+        eps = float(jnp.finfo("bfloat16").eps)
+        for gradient, terms in zip(found, (of_x, of_weight), strict=True):
+            np.testing.assert_allclose(gradient, terms * 1e-9, rtol=eps)
+
+
+@everywhere
+def test_one_precision_changes_one_product(layer):
+    x, weight, *_ = problem()
+    highest = Products(weight_grad=Product(precision="highest"))
+
+    def gradients(x, weight):
+        apply = functools.partial(layer, products=highest)
+        Y, vjp = jax.vjp(apply, x, weight)
+        return vjp(Y)
+
+    found = lowered_products(gradients, x, weight, platform="tpu")
+    precisions = {p.shape: "HIGHEST" in p.text for p in found}
+    assert len(found) == 3
+    assert precisions.pop(SHAPES["weight_grad"])
+    assert not any(precisions.values())
+
+
+# Precision.
+
+THREE = Products(*(Product(precision=p) for p in ("highest", "high", "default")))
+EACH = {"forward": "HIGHEST", "input_grad": "HIGH", "weight_grad": "DEFAULT"}
+TF32_X3 = (
+    "algorithm = <lhs_precision_type = tf32, rhs_precision_type = tf32,"
+    " accumulation_type = f32, lhs_component_count = 1, rhs_component_count = 1,"
+    " num_primitive_operations = 3"
+)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_each_product_has_its_own_precision(dtype, platform):
+    found = lowered(dtype, platform, products=THREE)
+    for field, precision in EACH.items():
+        assert f"precision = [{precision}, {precision}]" in found[field].text
+
+
+PRECISIONS = {
+    "tensorfloat32": "precision = [HIGH, HIGH]",
+    lax.Precision.HIGHEST: "precision = [HIGHEST, HIGHEST]",
+    ("highest", "default"): "precision = [HIGHEST, DEFAULT]",
+    "TF32_TF32_F32_X3": TF32_X3,
+    DotAlgorithmPreset.TF32_TF32_F32_X3: TF32_X3,
+    DotAlgorithmPreset.DEFAULT: "precision = [DEFAULT, DEFAULT]",
+}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+def test_precision_is_that_of_each_product_that_has_none_of_its_own(precision):
+    own = Products(input_grad=Product(precision="high"))
+    for products, field in (None, "input_grad"), (own, "forward"):
+        found = lowered(precision=precision, products=products)
+        assert PRECISIONS[precision] in found[field].text
+    assert "precision = [HIGH, HIGH]" in found["input_grad"].text
+
+
+def test_a_list_is_the_pair_that_a_tuple_is_also_inside_the_switch():
+    x, weight, *_ = problem()
+    layer = functools.partial(linear, precision=["highest", "default"])
+    assert "[HIGHEST, DEFAULT]" in lowered_products(layer, x, weight)[0].text
+    with jaxlinear.plain_autodiff():
+        assert "[HIGHEST, DEFAULT]" in lowered_products(layer, x, weight)[0].text
+
+
+def test_default_precision_is_that_under_which_the_call_is_made():
+    # As autodiff of the naive formula has it.
+    x, weight, bias, cotangent = problem()
+    with jax.default_matmul_precision("highest"):
+        _, vjp = jax.vjp(linear, x, weight, bias)
+    with jax.default_matmul_precision("default"):
+        found = products_by_shape(vjp, cotangent)
+    assert "precision = [HIGHEST, HIGHEST]" in found[OUT, IN].text
+
+
+def gradient_of_input_gradient(x, weight):
+    def input_gradient(x, weight):
+        return jax.grad(lambda x: jnp.sum(linear(x, weight, products=THREE) ** 3))(x)
+
+    return jax.grad(lambda w: jnp.sum(input_gradient(x, w).astype("float32") ** 2))(
+        weight
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_second_derivatives_have_the_precision_of_the_product_they_come_from(dtype):
+    x, weight, *_ = problem(dtype)
+    for platform in ("cpu", "cuda"):
+        found = lowered_products(
+            gradient_of_input_gradient, x, weight, platform=platform
+        )
+        texts = {}
+        for product in found:
+            # That of W may be transposed.
+            shape = (
+                SHAPES["weight_grad"] if product.shape == (IN, OUT) else product.shape
+            )
+            texts.setdefault(shape, []).append(product.text)
+
+        def count(field, precision, texts=texts):
+            return sum(f"[{precision}, {precision}]" in t for t in texts[SHAPES[field]])
+
+        # Y = X Wᵀ, ∇X = G W, and the derivative of ∇X with respect to G.
+        assert count("forward", "HIGHEST") == count("forward", "HIGH") == 1
+        assert count("input_grad", "HIGH") == len(texts[SHAPES["input_grad"]])
+        # Those with respect to W, of ∇X and of Y.
+        assert count("weight_grad", "HIGH") == count("weight_grad", "HIGHEST") == 1
+
+
+def test_inside_the_switch_all_products_have_the_precision_of_the_forward_product():
+    with jaxlinear.plain_autodiff():
+        found = lowered("float32", "cpu", products=THREE)
+    assert all("[HIGHEST, HIGHEST]" in product.text for product in found.values())
+
+
+@pytest.mark.parametrize("field", Products._fields)
+def test_algorithm_that_the_device_does_not_have_is_refused_by_jax(field):
+    x, weight, *_ = problem()
+    unknown = Products(**{field: Product(precision="TF32_TF32_F32")})
+    loss = jax.grad(lambda *a: jnp.sum(linear(*a, products=unknown)), (0, 1))
+    with pytest.raises(ValueError, match=r"TF32_TF32_F32.* not supported .* CPU"):
+        loss(x, weight)
+
+
+def test_precision_changes_no_value_on_cpu():
+    arguments = problem()
+    expected = results(naive, *arguments)
+    actual = results(functools.partial(linear, products=THREE), *arguments)
+    for value, want in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(value, want, rtol=1e-5, atol=1e-5)
+
+
+# Operands.
+
+DTYPES = {
+    # name: dtypes of the arguments, of the forward product and of the gradients
+    "the note on ROCm": ("float16", "float16", ("bfloat16", "bfloat16")),
+    "float32 arguments": ("float32", "float16", ("bfloat16", "bfloat16")),
+    "float32 gradients": ("float32", "bfloat16", ("float32", "float32")),
+    "low precision backward alone": ("float32", "float32", ("bfloat16", "bfloat16")),
+    "each of its own": ("float32", "bfloat16", ("float16", "float32")),
+}
+
+
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("leading", [(ROWS,), (4, 16), ()], ids=str)
+def test_every_product_is_rounded_once_from_operands_of_its_own_dtype(dtypes, leading):
+    dtype, forward, (of_x, of_weight) = dtypes
+    x, weight, bias, cotangent = random_problem(leading, IN, OUT, dtype)
+    cotangent = cotangent.astype(forward)
+    # A pair of equal dtypes is the same as one.
+    own = Products(input_grad=Product(of_x), weight_grad=Product((of_weight,) * 2))
+    layer = functools.partial(linear, dtype=forward, products=own)
+    Y, *actual = results(layer, x, weight, bias, cotangent)
+
+    def exact_in(dtype):
+        x_, weight_, cotangent_ = (a.astype(dtype) for a in (x, weight, cotangent))
+        return list(exact(x_, weight_, bias, cotangent_))
+
+    assert Y.dtype == forward
+    assert_rounded_once(Y, *exact_in(forward)[0], IN)
+    rows = int(np.prod(leading))
+    expected = (
+        (*exact_in(of_x)[1], OUT),
+        (*exact_in(of_weight)[2], rows),
+        (*exact_in(forward)[3], rows),
+    )
+    for gradient, want in zip(actual, expected, strict=True):
+        assert gradient.dtype == dtype
+        assert_rounded_once(gradient, *want)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_forward_product_of_another_dtype_than_the_output(dtype):
+    x, weight, bias, cotangent = problem()
+    own = Products(forward=Product(dtype))
+    Y, of_x, *_ = results(functools.partial(linear, products=own), *problem())
+    rounded = (a.astype(dtype) for a in (x, weight))
+    assert Y.dtype == "float32"
+    assert_rounded_once(Y, *next(iter(exact(*rounded, bias, cotangent))), IN)
+    assert_rounded_once(of_x, *list(exact(x, weight, bias, cotangent))[1], OUT)
+
+
+def test_gradients_that_overflow_in_float16_survive():
+    # Each sum of products is beyond 65504, the largest number of float16.
+    x, weight = jnp.full((ROWS, IN), 100.0), jnp.full((OUT, IN), 100.0)
+    arguments = x, weight, jnp.zeros(OUT), jnp.full((ROWS, OUT), 60_000, "float16")
+    in_float16 = gradients(Product(preferred_element_type="float16"))
+    for layer in (naive, functools.partial(linear, products=in_float16)):
+        _, *found, _ = results(functools.partial(layer, dtype="float16"), *arguments)
+        assert np.all(np.isinf(np.concatenate(found)))
+    for preferred in (None, "bfloat16"):
+        backward = gradients(Product("bfloat16", preferred_element_type=preferred))
+        layer = functools.partial(linear, dtype="float16", products=backward)
+        _, of_x, of_weight, _ = results(layer, *arguments)
+        # The operands are rounded, and perhaps the result.
+        eps = 3 * float(jnp.finfo("bfloat16").eps)
+        np.testing.assert_allclose(of_x, OUT * 6e6, rtol=eps)
+        np.testing.assert_allclose(of_weight, ROWS * 6e6, rtol=eps)
+
+
+def test_float32_gradients_under_bfloat16_compute_are_those_of_float32():
+    x, weight, bias, cotangent = problem()
+    cotangent = cotangent.astype("bfloat16")
+    (_, (of_x, _), (of_weight, _), _) = exact(x, weight, bias, cotangent)
+    for products, low, high in (
+        (None, 1e-4, 1e-1),
+        (gradients(Product("float32")), 0, 1e-6),
+    ):
+        layer = functools.partial(linear, dtype="bfloat16", products=products)
+        _, *found, _ = results(layer, x, weight, bias, cotangent)
+        for gradient, want in zip(found, (of_x, of_weight), strict=True):
+            assert low < relative_error(gradient, want) < high
+
+
+def kept_bytes(**options):
+    x, weight, bias, _ = problem("float16")
+    layer = jax.jit(functools.partial(linear, **options))
+    _, vjp = jax.vjp(layer, x, weight, bias)
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(vjp))
+
+
+def test_no_more_bytes_are_kept_for_gradients_of_the_same_width():
+    backward = gradients(Product("bfloat16"))
+    assert kept_bytes(products=backward) == kept_bytes() == 2 * (ROWS * IN + OUT * IN)
+    wider = Products(input_grad=Product("float32"))
+    assert kept_bytes(products=wider) == 2 * ROWS * IN + 4 * OUT * IN
+
+
+def test_inside_the_switch_gradients_have_the_operands_of_the_forward_product():
+    with jaxlinear.plain_autodiff():
+        found = lowered("float32", "cpu", products=gradients(Product("bfloat16")))
+    assert {p.operands for p in found.values()} == {("f32", "f32")}
+
+
+# The hint for ROCm's alternative float16.
+
+HINTS = {"input_grad": 'grad_x = "true"', "weight_grad": 'grad_y = "true"'}
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {},
+        {"precision": "F16_F16_F32"},
+        {"precision": "F16_F16_F16"},
+        {"dtype": "float32"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("platform", ["rocm", "cuda"])
+def test_alternative_float16_is_a_hint_whatever_else_is_asked(platform, asked):
+    found = lowered("float16", platform, products=ALTERNATIVE_FLOAT16, **asked)
+    assert "grad_" not in found["forward"].text
+    for field, hint in HINTS.items():
+        assert hint in found[field].text
+        assert found[field].operands == ("f16", "f16")
+        if algorithm := asked.get("precision"):
+            accumulated = f"accumulation_type = {algorithm[-3:].lower()}"
+            assert accumulated in found[field].text
+
+
+def test_the_hint_may_stand_beside_what_a_product_has_for_itself():
+    own = [
+        p and p._replace(preferred_element_type="float32") for p in ALTERNATIVE_FLOAT16
+    ]
+    for field, hint in HINTS.items():
+        product = lowered("float16", "rocm", products=Products(*own))[field]
+        assert hint in product.text
+        assert product.result == "f32"
+
+
+def test_there_is_no_hint_by_default():
+    for platform in ("rocm", "cpu"):
+        found = lowered("float16", platform, products=gradients(Product("float16")))
+        assert not any("grad_" in product.text for product in found.values())
+
+
+def test_alternative_float16_has_the_values_of_float16_on_cpu():
+    hinted = functools.partial(linear, products=ALTERNATIVE_FLOAT16)
+    arguments = problem("float16")
+    for actual, expected in zip(
+        results(hinted, *arguments), results(linear, *arguments), strict=True
+    ):
+        np.testing.assert_array_equal(actual, expected)
+
+
+# The dtype in which a product leaves its accumulator.
+
+# dtype of x and of the parameters, with a bias, what was asked: the dtypes in which the
+# forward product, the input gradient and the weight gradient leave. None: Y is rounded
+# once the bias is added, but for GPUs before.
+LEAVING = {
     ("bfloat16", "bfloat16", True, None): [None, "bf16", "bf16"],
     ("bfloat16", "bfloat16", True, "float32"): ["f32", "f32", "f32"],
     ("bfloat16", "bfloat16", False, None): ["bf16", "bf16", "bf16"],
@@ -143,28 +421,20 @@ PRODUCTS = {
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda", "rocm"])
-@pytest.mark.parametrize("case", PRODUCTS, ids=str)
+@pytest.mark.parametrize("case", LEAVING, ids=str)
 def test_accelerators_multiply_in_bfloat16_and_round_where_it_is_free(case, platform):
-    x_dtype, parameter_dtype, has_bias, reduce_dtype = case
-    x, _, _, cotangent = random_problem((5,), 4, 3, x_dtype)
-    _, weight, bias, _ = random_problem((5,), 4, 3, parameter_dtype)
+    x_dtype, parameter_dtype, has_bias, asked = case
+    x, _, _, cotangent = problem(x_dtype)
+    _, weight, bias, _ = problem(parameter_dtype)
     parameters = (weight, bias) if has_bias else (weight,)
+    own = Products(*3 * [Product(preferred_element_type=asked)])
 
-    def gradients(x, *parameters):
-        layer = functools.partial(linear, dtype="bfloat16", reduce_dtype=reduce_dtype)
+    def passes(x, *parameters):
+        layer = functools.partial(linear, dtype="bfloat16", products=own)
         Y, vjp = jax.vjp(layer, x, *parameters)
         return Y, vjp(cotangent.astype("bfloat16"))
 
-    types = product_types(gradients, x, *parameters, platform=platform)
+    found = lowered_products(passes, x, *parameters, platform=platform)
     default = "f32" if platform == "tpu" else "bf16"
-    assert types == [f"bf16 bf16 {result or default}" for result in PRODUCTS[case]]
-
-
-@pytest.mark.parametrize("reduce_dtype", ["bfloat16", "float32"])
-def test_weight_gradient_is_rounded_to_the_dtype_in_which_it_is_reduced(reduce_dtype):
-    x, weight, _, cotangent = random_problem((64,), 8, 4, "float32")
-    layer = functools.partial(linear, x, dtype="bfloat16", reduce_dtype=reduce_dtype)
-    (gradient,) = jax.vjp(layer, weight)[1](cotangent.astype("bfloat16"))
-    rounded = gradient.astype("bfloat16").astype("float32")
-    assert gradient.dtype == "float32"
-    assert bool(jnp.all(gradient == rounded)) is (reduce_dtype == "bfloat16")
+    assert [p.result for p in found] == [r or default for r in LEAVING[case]]
+    assert {p.operands for p in found} == {("bf16", "bf16")}

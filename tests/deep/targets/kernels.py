@@ -7,7 +7,7 @@ slice counts.
 
 import re
 
-from jaxlinear._hlo import bits
+from jaxlinear.inspect._hlo import bits
 
 # ROOT %name = bf16[8,4]{1,0} dot(%a, %b), …
 _INSTRUCTION = re.compile(

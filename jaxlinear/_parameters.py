@@ -1,4 +1,8 @@
-"""The initial parameters: uniform over ±√k with k = 1/in_features, as PyTorch's."""
+"""The parameters of a module: what they start from, and where they are created.
+
+Flax's initializers and names speak of a kernel (in, out); the weight is (out, in), as
+PyTorch's.
+"""
 
 import functools
 import math
@@ -8,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxlinear._arguments import check_bound, check_placeable
 
 
 @functools.cache  # One function object per size: `jax.jit` compiles each once.
@@ -38,20 +44,40 @@ def _draw(key, shape, dtype, bound):
     limit = np.asarray(bound, drawn)
     if float(limit) > bound:
         limit = np.nextafter(limit, np.zeros((), drawn))
+    check_bound(bound, limit)
     if jnp.finfo(drawn).bits < 32:
         drawn = jnp.float32
     values = jax.random.uniform(key, shape, drawn, -bound, bound)
     return jnp.clip(values, -float(limit), float(limit)).astype(dtype)
 
 
-def placed(init, sharding):
-    """``init``, with what it returns created with ``sharding`` where one is given.
+def swapped_names(spec):
+    """The names of the axes of a weight (out, in): those of its kernel, (in, out)."""
+    if isinstance(spec, NamedSharding):
+        return spec.update(spec=swapped_names(spec.spec))
+    if isinstance(spec, PartitionSpec):
+        in_axis, out_axis = (*spec.partitions, None, None)[:2]
+        left = {"unreduced": spec.unreduced, "reduced": spec.reduced}
+        return PartitionSpec(out_axis, in_axis, **left)
+    in_axis, out_axis = (*spec, None, None)[:2]
+    return out_axis, in_axis
+
+
+def created(init, finish, key, shape, dtype, sharding):
+    """``finish`` of what ``init`` draws, created with ``sharding`` where one is given.
 
     Every device computes its own shard: none ever holds more.
     """
     if sharding is None:
-        return init
-    return jax.jit(init, static_argnums=(1, 2), out_shardings=sharding)
+        return finish(init(key, shape, dtype), shape)
+    draw = jax.jit(_drawn, static_argnums=(0, 1, 3, 4), out_shardings=sharding)
+    return draw(init, finish, key, shape, dtype)
+
+
+def _drawn(init, finish, key, shape, dtype):
+    parameter = finish(init(key, shape, dtype), shape)
+    check_placeable(parameter)
+    return parameter
 
 
 def bias_sharding(weight_sharding):

@@ -136,7 +136,7 @@ def test_aqt_intercepts_our_linen_layer_as_dense_inside_the_switch(int8_dot_gene
     class Generator(intercept.AqtDotGeneralGenerator):
         def generate_by_module(self, module):  # AQT's own asks for a `linen.Dense`.
             if isinstance(module, jaxlinear.linen.Linear):
-                module = linen.Dense(module.out_features)
+                module = linen.Dense(module.features)
             return super().generate_by_module(module)
 
     def quantized(layer, **parameters):

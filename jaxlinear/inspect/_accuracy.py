@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlinear._linear import linear
-from jaxlinear._types import accumulator
+from jaxlinear._product import accumulator
 
 ROWS = FEATURES = 512
 QUANTITIES = "Y", "∇X", "∇W", "∇B"

@@ -118,21 +118,25 @@ def test_a_sharding_is_how_the_parameters_are_created(parameters, spec):
 
 
 def test_no_device_holds_more_than_its_shard_while_a_sharded_weight_is_created():
-    from jaxlinear._init import placed, uniform
-
     sharding = NamedSharding(jax.make_mesh((8,), ("x",)), PartitionSpec("x", None))
-    init, shape = placed(uniform(1024), sharding), (4096, 1024)
-    whole = math.prod(shape) * 4
-    memory = init.lower(jax.random.key(0), shape, "float32").compile().memory_analysis()
+
+    @jax.jit
+    def created(key):
+        rngs = flax_nnx.Rngs(params=key)
+        layer = nnx.Linear(1024, 4096, use_bias=False, device=sharding, rngs=rngs)
+        return layer.weight[...]
+
+    whole = 1024 * 4096 * 4
+    memory = created.lower(jax.random.key(0)).compile().memory_analysis()
     assert memory.output_size_in_bytes == whole // 8
     # The draw's temporaries are a few arrays of the size of a shard.
     assert memory.output_size_in_bytes + memory.temp_size_in_bytes < whole * 5 / 8
 
 
 @each_api
-@pytest.mark.parametrize("name", ["weight_init", "bias_init"])
+@pytest.mark.parametrize("name", ["kernel_init", "bias_init"])
 def test_initializers_can_be_chosen(parameters, name):
     values = parameters(3, 4, **{name: jax.nn.initializers.ones})
-    chosen = dict(zip(("weight_init", "bias_init"), values, strict=True))
+    chosen = dict(zip(("kernel_init", "bias_init"), values, strict=True))
     for key, value in chosen.items():
         assert (key == name) == bool(jnp.all(value == 1))

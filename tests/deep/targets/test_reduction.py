@@ -28,9 +28,9 @@ mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
 def sharded(shape, dtype, *spec):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*spec)))
 
-layer = functools.partial(
-    jaxlinear.linear, dtype="bfloat16", reduce_dtype={reduce_dtype!r}
-)
+weight_grad = jaxlinear.Product(preferred_element_type={preferred!r})
+products = jaxlinear.Products(weight_grad=weight_grad)
+layer = functools.partial(jaxlinear.linear, dtype="bfloat16", products=products)
 x = sharded((512, 256), "bfloat16", "data")
 parameters = [sharded(shape, {param_dtype!r}) for shape in {shapes!r}]
 found = jaxlinear.explain(layer, x, *parameters)
@@ -38,10 +38,10 @@ print(json.dumps([[c.kind, c.dtype, c.bytes] for c in found.collectives]))
 """
 
 
-def collectives(shapes, param_dtype, reduce_dtype=None):
+def collectives(shapes, param_dtype, preferred=None):
     """[kind, dtype, bytes] of those of a layer whose parameters have the shapes."""
     program = PROGRAM.format(
-        shapes=shapes, param_dtype=param_dtype, reduce_dtype=reduce_dtype
+        shapes=shapes, param_dtype=param_dtype, preferred=preferred
     )
     result = subprocess.run(
         [sys.executable, "-c", program],
@@ -58,8 +58,8 @@ def test_tpus_add_a_bfloat16_bias_gradient_in_float32():
     assert ["all-reduce", "float32", 128 * 4] in found
 
 
-@pytest.mark.parametrize("reduce_dtype", [None, "bfloat16"])
-def test_bytes_that_tpus_send_for_a_weight_gradient(reduce_dtype):
-    dtype, size = ("bfloat16", 2) if reduce_dtype else ("float32", 4)
-    found = collectives([(128, 256)], "float32", reduce_dtype)
+@pytest.mark.parametrize("preferred", [None, "bfloat16"])
+def test_bytes_that_tpus_send_for_a_weight_gradient(preferred):
+    dtype, size = ("bfloat16", 2) if preferred else ("float32", 4)
+    found = collectives([(128, 256)], "float32", preferred)
     assert found == [["all-reduce", dtype, 128 * 256 * size]]

@@ -11,29 +11,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlinear import _cpu
-from jaxlinear._hlo import bits, collectives, instructions
-from jaxlinear._table import table
+from jaxlinear._product import Product
+from jaxlinear.inspect._hlo import bits, collectives, instructions
+from jaxlinear.inspect._table import table
 
-# The names that `_products.py` gives to the operations of each product.
+# The names that `_formulas.py` gives to the operations of each product.
 _SCOPE = re.compile(r"\b(forward_product|input_gradient|weight_gradient)\b")
 
 
 @dataclasses.dataclass(frozen=True)
-class Product:
+class CompiledProduct:
     """A product as it was compiled, and how many there are.
 
-    ``operands`` are the dtypes that the product reads on the device, ``accumulator``
-    the one in which its sums leave it; inside, an accelerator may use a wider one.
-    ``result`` is the dtype to which the source rounds it. ``runs_as`` is XLA's
-    operation, or the library that it calls.
+    ``product`` is what the device computes: the dtypes of the operands that it reads,
+    the precision in XLA's words, and the dtype in which the sums leave; inside, an
+    accelerator may use a wider one. ``result`` is the dtype to which the source rounds
+    them. ``runs_as`` is XLA's operation, or the library that it calls.
     """
 
     name: str
     count: int
-    operands: tuple[str, ...]
-    accumulator: str
+    product: Product
     result: str
-    precision: str
     runs_as: str
 
 
@@ -62,7 +61,7 @@ class Explanation:
     """What :func:`explain` found. It prints as tables."""
 
     device: str
-    products: tuple[Product, ...]
+    products: tuple[CompiledProduct, ...]
     saved: tuple[Saved, ...]
     collectives: tuple[Collective, ...]
     notes: tuple[str, ...] = ()
@@ -75,22 +74,36 @@ class Explanation:
     def __repr__(self) -> str:
         parts = [
             f"On {self.device}:",
-            _table(self.products) or "No products.",
+            _table(map(_flat, self.products)) or "No products.",
             *self.notes,
             f"Saved for the backward pass: {self.saved_bytes:,} bytes.",
-            _table(self.saved),
-            _table(self.collectives) or "No collectives.",
+            _table(map(dataclasses.asdict, self.saved)),
+            _table(map(dataclasses.asdict, self.collectives)) or "No collectives.",
         ]
         return "\n\n".join(filter(None, parts))
 
     _repr_markdown_ = __repr__
 
 
+def _flat(row):
+    """The columns of a ``CompiledProduct``."""
+    return {
+        "name": row.name,
+        "count": row.count,
+        "operands": row.product.dtype,
+        "precision": row.product.precision,
+        "preferred_element_type": row.product.preferred_element_type,
+        "result": row.result,
+        "runs_as": row.runs_as,
+    }
+
+
 def _table(rows):
+    rows = list(rows)
     if not rows:
         return ""
-    header = [field.name.replace("_", " ") for field in dataclasses.fields(rows[0])]
-    return table(header, [map(_text, dataclasses.astuple(row)) for row in rows])
+    header = [name.replace("_", " ") for name in rows[0]]
+    return table(header, [map(_text, row.values()) for row in rows])
 
 
 def _text(value):
@@ -104,7 +117,7 @@ def _text(value):
     return value
 
 
-def explain(function, *args) -> Explanation:
+def explain(function, /, *args, **kwargs) -> Explanation:
     """Say what a call of ``function`` and its backward pass run on this device.
 
     The call, and the reverse-mode derivative of its floating results in its floating
@@ -116,7 +129,10 @@ def explain(function, *args) -> Explanation:
       function: a function of arrays; a Flax NNX or Equinox module, whose parameters
         are differentiated too; or a Flax Linen module, whose variables are taken in
         shape only.
-      *args: pytrees of arrays or of ``jax.ShapeDtypeStruct``, sharded or not.
+      *args: pytrees of arrays or of ``jax.ShapeDtypeStruct``, sharded or not. All else
+        in them is passed on as it is.
+      **kwargs: the same, by name: ``train=True``, or those of ``apply`` for a Linen
+        module, ``rngs`` and ``mutable`` among them.
 
     Returns:
       An :class:`Explanation`, which a terminal and a notebook show as tables: the
@@ -130,15 +146,16 @@ def explain(function, *args) -> Explanation:
     Example:
       >>> import jax.numpy as jnp, jaxlinear
       >>> x, weight = jnp.ones((8, 3)), jnp.ones((2, 3))
-      >>> found = jaxlinear.explain(jaxlinear.linear, x, weight)
+      >>> found = jaxlinear.explain(jaxlinear.linear, x, weight, dtype="bfloat16")
       >>> [product.name for product in found.products]
       ['forward product', 'input gradient', 'weight gradient']
-      >>> found.saved_bytes  # x and weight
-      120
+      >>> found.saved_bytes  # x and weight, in bfloat16
+      60
     """
     if not callable(function):
         raise TypeError(f"`function` must be callable, got {type(function).__name__}")
-    forward, floating, others = _as_function_of_arrays(*_applied(function, args))
+    applied = _applied(function, args, kwargs)
+    forward, floating, others = _as_function_of_arrays(*applied)
     if not floating:
         raise ValueError("`args` must have a floating array to differentiate, got none")
 
@@ -168,29 +185,46 @@ def explain(function, *args) -> Explanation:
     )
 
 
-def _applied(function, args):
+def _applied(function, args, kwargs):
     """A Linen module as its ``apply``, with variables of the right shape."""
     linen = sys.modules.get("flax.linen")
     if linen is None or not isinstance(function, linen.Module):
-        return function, args
-    variables = jax.eval_shape(function.init, jax.random.key(0), *args)
-    return function.apply, (variables, *args)
+        return function, args, kwargs
+    call = {n: a for n, a in kwargs.items() if n not in ("rngs", "mutable")}
+    arrays, rebuilt = _split((args, call))
+    rngs = {"params": jax.random.key(0), **(kwargs.get("rngs") or {})}
+
+    def init(arrays):
+        args, call = rebuilt(arrays)
+        return function.init(rngs, *args, **call)
+
+    return function.apply, (jax.eval_shape(init, arrays), *args), kwargs
 
 
-def _as_function_of_arrays(function, args):
+def _split(tree):
+    """The arrays of a tree, by position, and what makes the tree of them again."""
+    leaves, structure = jax.tree.flatten(tree)
+    kinds = jax.Array | np.ndarray | jax.ShapeDtypeStruct
+    arrays = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, kinds)}
+
+    def rebuilt(arrays):
+        filled = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
+        return structure.unflatten(filled)
+
+    return arrays, rebuilt
+
+
+def _as_function_of_arrays(function, args, kwargs):
     """A function of its floating arrays and its other ones, and both of these."""
-    leaves, tree = jax.tree.flatten((function, args))
+    arrays, rebuilt = _split((function, args, kwargs))
     floating, others = {}, {}
-    for position, leaf in enumerate(leaves):
-        if isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
-            group = floating if jnp.issubdtype(leaf.dtype, jnp.inexact) else others
-            group[position] = leaf
+    for position, array in arrays.items():
+        group = floating if jnp.issubdtype(array.dtype, jnp.inexact) else others
+        group[position] = array
 
     def forward(floating, others):
-        arrays = floating | others
-        traced = [arrays.get(position, leaf) for position, leaf in enumerate(leaves)]
-        function, args = tree.unflatten(traced)
-        results = jax.tree.leaves(function(*args))
+        function, args, kwargs = rebuilt(floating | others)
+        results = jax.tree.leaves(function(*args, **kwargs))
         return [y for y in results if jnp.issubdtype(jnp.result_type(y), jnp.inexact)]
 
     return forward, floating, others
@@ -211,19 +245,19 @@ def _products(asked, compiled):
         found = [i for i in compiled if i.is_product and _name(i) == name]
         alike = collections.Counter(
             (
-                instruction.operand_dtypes[:2],
-                instruction.results[0][0],
-                instruction.precision,
+                Product(
+                    instruction.operand_dtypes[:2],
+                    instruction.precision,
+                    instruction.results[0][0],
+                ),
                 # XLA multiplies vectors element by element.
                 instruction.runs_as if found else "elementwise",
             )
             for instruction in found or products
         )
         result = ", ".join(dict.fromkeys(results[name]))
-        for (operands, accumulator, precision, runs_as), count in alike.items():
-            yield Product(
-                name, count, operands, accumulator, result, precision, runs_as
-            )
+        for (product, runs_as), count in alike.items():
+            yield CompiledProduct(name, count, product, result, runs_as)
 
 
 def _notes(asked, platform):

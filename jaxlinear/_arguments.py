@@ -1,0 +1,377 @@
+"""From what a user passed to what the op needs. Every refusal of this package is here.
+
+Each names the argument, what is required and what came. What JAX refuses clearly by
+itself, such as an algorithm that a device does not have, is left to JAX.
+"""
+
+import difflib
+import functools
+import inspect
+import operator
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Sharding, SingleDeviceSharding
+
+from jaxlinear._product import Product, Products, accumulator, is_algorithm
+
+# Arrays.
+
+
+def checked_arrays(x, weight, bias):
+    """The arguments as JAX arrays: whatever ``jnp.asarray`` takes, but containers."""
+    # Outside of `jax.jit`, which takes fewer kinds. A call of `linear` waits for this.
+    if not isinstance(x, jax.Array):
+        x = checked_array("x", x)
+    if not isinstance(weight, jax.Array):
+        weight = checked_array("weight", weight)
+    if bias is not None and not isinstance(bias, jax.Array):
+        bias = checked_array("bias", bias)
+    return x, weight, bias
+
+
+def checked_array(name, value):
+    if value is None or isinstance(value, (str, list, tuple, dict, set)):
+        raise TypeError(f"`{name}` must be an array, got {type(value).__name__}")
+    try:
+        return jnp.asarray(value)
+    except Exception as error:
+        got = f"{type(value).__name__}{_advice_for(value)}"
+        raise TypeError(f"`{name}` must be an array, got {got}") from error
+
+
+def _advice_for(value):
+    """What to do with an array that JAX does not take for one."""
+    from jax.experimental.sparse import JAXSparse
+
+    if isinstance(value, JAXSparse):
+        return ", which is sparse: pass its `todense()`"
+    flax = sys.modules.get("flax.core.meta")
+    if flax and isinstance(value, flax.AxisMetadata):
+        return ", which is a box: pass what `flax.linen.unbox` takes out of it"
+    return ""
+
+
+def check_shapes(x, weight, bias):
+    for name, array in {"x": x, "weight": weight, "bias": bias}.items():
+        if array is not None and jnp.issubdtype(array.dtype, jax.dtypes.extended):
+            raise TypeError(f"`{name}` must hold numbers, got dtype {array.dtype}")
+    check_input(x)
+    if weight.ndim != 2:
+        raise ValueError(
+            f"`weight` must be a matrix (out, in), got shape {weight.shape}"
+        )
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"`x` must have {weight.shape[1]} elements along its last axis, as `weight`"
+            f" of shape {weight.shape} does, got shape {x.shape}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"`bias` must have shape {weight.shape[:1]}, one element for each row of"
+            f" `weight`, got shape {bias.shape}"
+        )
+
+
+def check_input(x):
+    if x.ndim == 0:
+        raise ValueError("`x` must have at least one axis, (*, in), got a scalar")
+
+
+# Dtypes.
+
+
+def checked_dtype(name, dtype):
+    """``dtype`` as a floating or complex NumPy dtype."""
+    # NumPy takes None for float64, and an array for its dtype.
+    if not isinstance(dtype, (str, np.dtype, type)):
+        raise TypeError(f"`{name}` must be a floating or complex dtype, got {dtype!r}")
+    return _checked_dtype(name, dtype)
+
+
+@functools.cache  # It takes a tenth of the time of a call of `linear`.
+def _checked_dtype(name, dtype):
+    required = f"`{name}` must be a floating or complex dtype"
+    try:
+        checked = jnp.dtype(dtype)
+    except TypeError:
+        raise TypeError(f"{required}, got {dtype!r}") from None
+    if not jnp.issubdtype(checked, jnp.inexact):
+        raise TypeError(f"{required}, got {checked}")
+    return checked
+
+
+def checked_optional_dtype(name, dtype):
+    return None if dtype is None else checked_dtype(name, dtype)
+
+
+def checked_param_dtype(param_dtype):
+    """A dtype in which parameters can be drawn: with a sign and, at least, 8 bits."""
+    checked = checked_dtype("param_dtype", param_dtype)
+    limits = jnp.finfo(checked)
+    if limits.bits < 8 or not limits.min < 0:
+        raise TypeError(
+            "`param_dtype` must have a sign and at least 8 bits, else most parameters"
+            f" would be drawn as zeros, got {checked}"
+        )
+    return checked
+
+
+def compute_dtype(dtype, *arrays):
+    """``dtype``, or by default that to which JAX promotes the arrays."""
+    arrays = [array for array in arrays if array is not None]
+    if dtype is None:
+        return jnp.result_type(*arrays)
+    if jnp.issubdtype(dtype, jnp.floating) and any(map(jnp.iscomplexobj, arrays)):
+        raise TypeError(f"`dtype` must be complex for complex arguments, got {dtype}")
+    return dtype
+
+
+# Products.
+
+
+def checked_products(products, precision, dtype=None):
+    """``products``, whose precision is by default ``precision``, without names.
+
+    What depends on the layer's ``dtype`` is checked where that is known already.
+    """
+    products = Products() if products is None else products
+    if not isinstance(products, Products):
+        raise TypeError(
+            f"`products` must be a jaxlinear.Products, got {type(products).__name__}"
+        )
+    precision = _checked_precision("precision", precision)
+    checked = []
+    for field, product in products._asdict().items():
+        name = f"products.{field}"
+        if not isinstance(product, Product):
+            raise TypeError(
+                f"`{name}` must be a jaxlinear.Product, got {type(product).__name__}"
+            )
+        if product.precision is not None:
+            precision_ = _checked_precision(f"{name}.precision", product.precision)
+        else:
+            precision_ = precision
+        preferred = checked_optional_dtype(
+            f"{name}.preferred_element_type", product.preferred_element_type
+        )
+        product = Product(_checked_operands(name, product), precision_, preferred)
+        if dtype is not None or product.dtype is not None:
+            _check_kinds(name, product, dtype)
+        checked.append(product)
+    return Products(*checked)
+
+
+def _checked_operands(name, product):
+    """The dtype of both operands, or ``"alternative_float16"``, or None."""
+    if product.dtype is None:
+        return None
+    if product.is_alternative_float16:
+        if name == "products.forward":
+            raise ValueError(
+                "`products.forward.dtype` must be a dtype, got alternative_float16,"
+                " which ROCm has for gradients alone"
+            )
+        return product.dtype
+    name = f"{name}.dtype"
+    if not isinstance(product.dtype, tuple | list):
+        return checked_dtype(name, product.dtype)
+    if len(product.dtype) != 2:
+        raise ValueError(f"`{name}` must be one dtype or two, got {product.dtype!r}")
+    first, second = (checked_dtype(name, dtype) for dtype in product.dtype)
+    if first != second:
+        raise ValueError(f"`{name}` must be two equal dtypes, got {first} and {second}")
+    return first
+
+
+def _check_kinds(name, product, dtype):
+    """Refuse dtypes that do not go together; ``dtype`` is the layer's, or None."""
+    own = dtype if product.dtype is None else product.operand_dtype
+    if dtype is not None and _kind(own) != _kind(dtype):
+        raise TypeError(
+            f"`{name}.dtype` must be {_kind(dtype)} as {dtype} is, got {own}"
+        )
+    preferred, allowed = product.preferred_element_type, (accumulator(own), own)
+    if preferred is not None and preferred not in allowed:
+        allowed = " or ".join(dict.fromkeys(map(str, allowed)))
+        raise TypeError(
+            f"`{name}.preferred_element_type` must be {allowed}, got {preferred}"
+        )
+
+
+def _kind(dtype):
+    kinds = {"complex": jnp.complexfloating, "floating": jnp.floating}
+    found = [name for name, kind in kinds.items() if jnp.issubdtype(dtype, kind)]
+    return found[0] if found else "integer"
+
+
+def completed(products, dtype, x, weight, bias):
+    """``products`` with nothing left open: those of a layer of ``dtype``.
+
+    But for the dtype in which the forward product leaves where a bias is added to it
+    and rounded once more: None, since GPUs and other platforms differ there.
+    """
+    results = dtype, x.dtype, weight.dtype
+
+    def complete(name, product, result):
+        _check_kinds(f"products.{name}", product, dtype)
+        if product.dtype is None:
+            product = product._replace(dtype=dtype)
+        if product.precision is None:
+            # The backward pass may be traced under another default.
+            product = product._replace(precision=_default_precision())
+        if product.preferred_element_type is not None:
+            return product
+        own = product.operand_dtype
+        if own != result:  # The product must not round to another dtype first.
+            own = accumulator(own)
+        elif name == "forward" and bias is not None and own != accumulator(own):
+            own = None
+        return product._replace(preferred_element_type=own)
+
+    return Products(*map(complete, Products._fields, products or Products(), results))
+
+
+def _default_precision():
+    default = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    return _checked_precision("jax_default_matmul_precision", default)
+
+
+def _checked_precision(name: str, precision: Any) -> Any:
+    """``precision`` without names: what ``lax.dot_general`` takes, and hashable."""
+    if isinstance(precision, tuple | list) and len(precision) == 2:
+        return tuple(_checked_precision(name, operand) for operand in precision)
+    if isinstance(precision, str):
+        precision = _PRECISIONS.get(precision, precision)
+    if precision is lax.DotAlgorithmPreset.DEFAULT:
+        precision = lax.Precision.DEFAULT
+    is_known = precision is None or isinstance(precision, lax.Precision)
+    if is_known or is_algorithm(precision):
+        return precision
+    raise ValueError(
+        f"`{name}` must be a jax.lax.Precision, a jax.lax.DotAlgorithmPreset, the name"
+        " of either, or one of these for each operand, got"
+        f" {precision!r}{_similar_precision(precision)}"
+    )
+
+
+# The names that JAX knows: of each `jax.lax.Precision` several.
+_NAMES = "default fastest bfloat16 high bfloat16_3x tensorfloat32 highest float32"
+_PRECISIONS = {name: lax.Precision(name) for name in _NAMES.split()}
+_PRECISIONS |= lax.DotAlgorithmPreset.__members__
+
+
+_SHORT = {"tf32": "tensorfloat32", "bf16": "bfloat16", "fp32": "float32"}
+
+
+def _similar_precision(name):
+    names = {known.lower(): known for known in reversed(_PRECISIONS)}
+    name = str(name).lower()
+    similar = difflib.get_close_matches(_SHORT.get(name, name), names)
+    return f". Did you mean {names[similar[0]]!r}?" if similar else ""
+
+
+# Modules.
+
+Placement = jax.Device | Sharding
+"""Where parameters are created: on one device, or split over several."""
+
+
+def checked_features(name, count):
+    """``count`` as a Python integer that is not negative."""
+    required = f"`{name}` must be an integer"
+    if isinstance(count, jax.Array):  # Which may be traced, and has no hash.
+        raise TypeError(f"{required}, got a JAX array")
+    try:
+        checked = operator.index(count)
+    except TypeError:
+        raise TypeError(f"{required}, got {count!r}") from None
+    if checked < 0:
+        raise ValueError(f"`{name}` must not be negative, got {checked}")
+    return checked
+
+
+def checked_sharding(name, device):
+    """The sharding that places an array on ``device``, or None for None."""
+    if device is None or isinstance(device, Sharding):
+        return device
+    if isinstance(device, jax.Device):
+        return SingleDeviceSharding(device)
+    raise TypeError(
+        f"`{name}` must be a jax.Device or a jax.sharding.Sharding, got {device!r}"
+    )
+
+
+def check_initializer(name, init):
+    """Refuse what cannot be called as ``init(key, shape, dtype)``."""
+    if init is None:
+        return
+    required = f"`{name}` must be a function init(key, shape, dtype)"
+    if not callable(init):
+        raise TypeError(f"{required}, got {init!r}")
+    try:
+        inspect.signature(init).bind("key", "shape", "dtype")
+    except TypeError as error:
+        raise TypeError(
+            f"{required}, got {init!r}: {error}. If it makes initializers, call it"
+        ) from None
+    except ValueError:  # No signature: a built-in function.
+        return
+
+
+def checked_drawn(name, drawn, shape):
+    """What an initializer has returned, which must be an array of ``shape``."""
+    found = getattr(drawn, "shape", None)
+    if found is None:
+        raise TypeError(
+            f"`{name}` must return an array of shape {shape}, got"
+            f" {type(drawn).__name__}. If it makes initializers, call it"
+        )
+    if found != shape:
+        raise ValueError(
+            f"`{name}` must return an array of shape {shape}, got shape {found}"
+        )
+    return drawn
+
+
+def check_placeable(parameter):
+    """Refuse a box that cannot be split over devices with what is inside."""
+    for leaf in jax.tree.leaves(parameter):
+        if not isinstance(leaf, jax.Array):
+            raise TypeError(
+                "an initializer must return an array where `device` is given, got"
+                f" {type(leaf).__name__}: name the axes in `kernel_metadata` and"
+                " `bias_metadata`"
+            )
+
+
+def check_bound(bound, limit):
+    """Refuse a dtype whose largest value inside ``bound`` is ``limit``, a zero."""
+    if bound and not limit:
+        raise ValueError(
+            f"`param_dtype` must have values inside ±{bound:.2g} other than zero, got"
+            f" {limit.dtype}"
+        )
+
+
+_IN_THE_PLACE_OF = {
+    "dot_general": "`products` says how each product is computed; a library that"
+    " replaces `jax.lax.dot_general` finds it inside `jaxlinear.plain_autodiff()`",
+    "dot_general_cls": "see `dot_general`",
+    "promote_dtype": "`dtype` and `products` say to what the operands are cast",
+    "preferred_element_type": "say it of a product, as in"
+    " `products=Products(forward=Product(preferred_element_type=...))`",
+    "weight_init": "`kernel_init` draws the transposed weight (in, out), as in Flax",
+    "weight_metadata": "`kernel_metadata` names the axes (in, out), as in Flax",
+}
+
+
+def refuse_others(arguments):
+    """Refuse arguments that a module does not have, with what is in their place."""
+    for name in arguments:
+        known = f": {_IN_THE_PLACE_OF[name]}" if name in _IN_THE_PLACE_OF else ""
+        raise TypeError(f"unexpected argument `{name}`{known}")

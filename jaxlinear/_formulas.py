@@ -1,0 +1,109 @@
+"""The formulas: three products, each computed as its ``Product`` says, and a sum.
+
+X is (*, in), W (out, in), B (out,), and G and Y are (*, out). Each function casts its
+operands, accumulates in at least float32 and rounds to the type that it is given.
+"""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
+
+from jaxlinear._cpu import cpu_form
+from jaxlinear._product import accumulator
+from jaxlinear._sharding import rounded_over_devices
+
+
+@jax.named_scope("forward_product")
+def forward_product(X, W, B, product, Y_type):
+    """Y = X Wᵀ + B. B is added in the dtype in which the product leaves."""
+
+    def leaving_in(dtype):
+        left = product._replace(preferred_element_type=dtype)
+
+        def forward(X, W, B):
+            Y = multiply(X, W, ((X.ndim - 1,), (1,)), left, Y_type.sharding)
+            if B is not None:
+                Y = Y + jnp.expand_dims(B.astype(dtype), range(Y.ndim - 1))
+            return Y.astype(Y_type.dtype)
+
+        return forward
+
+    if product.preferred_element_type is not None:
+        return leaving_in(product.preferred_element_type)(X, W, B)
+    # TPUs and CPUs add the bias before anything is rounded, at no cost. XLA for GPUs
+    # would first write the float32 product to memory (tests/targets).
+    rounded, wide = leaving_in(Y_type.dtype), leaving_in(accumulator(Y_type.dtype))
+    return lax.platform_dependent(X, W, B, cuda=rounded, rocm=rounded, default=wide)
+
+
+@jax.named_scope("input_gradient")
+def input_gradient(G, W, product, X_type):
+    """∇X = G W."""
+    axes = (G.ndim - 1,), (0,)
+    grad_X = multiply(G, W, axes, product, X_type.sharding, hint="grad_x")
+    return round_to(X_type.dtype, grad_X)
+
+
+@jax.named_scope("weight_gradient")
+def weight_gradient(G, X, product, W_type):
+    """∇W = Gᵀ X, with the leading axes contracted."""
+    leading = tuple(range(G.ndim - 1))
+    axes = leading, leading
+    grad_W = multiply(G, X, axes, product, W_type.sharding, hint="grad_y")
+    return round_to(W_type.dtype, grad_W)
+
+
+@jax.named_scope("bias_gradient")
+def bias_gradient(G, B_type):
+    """∇B = Σ G, over every leading axis."""
+    grad_B = jnp.sum(G, range(G.ndim - 1), dtype=accumulator(G.dtype))
+    if B_type.sharding is not None:
+        grad_B = jax.sharding.reshard(grad_B, B_type.sharding)
+    if grad_B.dtype != B_type.dtype and jax.typeof(G).sharding.mesh.size > 1:
+        grad_B = rounded_over_devices(grad_B, B_type.dtype)
+    return round_to(B_type.dtype, grad_B)
+
+
+def multiply(a, b, contracted_axes, product, sharding, hint=""):
+    """The product of two arrays as ``product`` says, with nothing left open in it.
+
+    ``hint`` is XLA's name for the gradient, by which ROCm's libraries know that they
+    may multiply it in their alternative float16.
+    """
+    is_hinted = product.is_alternative_float16
+    hinted = set_xla_metadata(**{hint: "true"}) if is_hinted else _UNHINTED
+    a, b = a.astype(product.operand_dtype), b.astype(product.operand_dtype)
+
+    def plain(a, b):
+        with hinted:
+            return lax.dot_general(
+                a,
+                b,
+                (contracted_axes, ((), ())),
+                precision=product.precision,
+                preferred_element_type=product.preferred_element_type,
+                out_sharding=sharding,
+            )
+
+    form = cpu_form(a, b, contracted_axes, product, sharding)
+    if form is None:
+        return plain(a, b)
+
+    def on_cpu(a, b):
+        return form(a, b).astype(product.preferred_element_type)
+
+    # Resolved when lowering: one exported program serves every platform.
+    return lax.platform_dependent(a, b, cpu=on_cpu, default=plain)
+
+
+_UNHINTED = contextlib.nullcontext()
+
+
+def round_to(dtype, cotangent):
+    """``cotangent`` in ``dtype``: for a real dtype, the real part of a complex one."""
+    if jnp.issubdtype(dtype, jnp.floating):
+        cotangent = cotangent.real
+    return cotangent.astype(dtype)

@@ -1,0 +1,71 @@
+"""Several devices: manual axes, explicit meshes, and the sharding of a cotangent."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+
+class ArrayType(NamedTuple):
+    """The dtype of a result, and its sharding, None on a mesh without explicit axes."""
+
+    dtype: np.dtype
+    sharding: NamedSharding | PartitionSpec | None
+
+
+def cotangent_type(primal):
+    """The type that the cotangent of ``primal`` must have; None for None."""
+    if primal is None:
+        return None
+    aval = jax.typeof(primal).to_ct_aval()
+    mesh, spec = aval.sharding.mesh, aval.sharding.spec
+    if mesh.empty:  # An array made before the mesh was set is replicated over it.
+        mesh = jax.sharding.get_abstract_mesh()
+    sharding = NamedSharding(mesh, spec) if _has_explicit_axes(mesh) else None
+    return ArrayType(aval.dtype, sharding)
+
+
+def is_traced_with_explicit_axes(array):
+    return isinstance(array, Tracer) and _has_explicit_axes(
+        jax.typeof(array).sharding.mesh
+    )
+
+
+def _has_explicit_axes(mesh):
+    return AxisType.Explicit in mesh.axis_types
+
+
+def vary_together(*operands):
+    """Cast the operands, where not None, to vary over the manual axes of them all.
+
+    JAX transposes the cast into the sum of a cotangent over the axes of
+    ``jax.shard_map`` along which its primal does not vary.
+    """
+    varying = [
+        jax.typeof(a).manual_axis_type.varying for a in jax.tree.leaves(operands)
+    ]
+    axes = frozenset().union(*varying)
+
+    def cast(a):
+        missing = axes - jax.typeof(a).manual_axis_type.varying
+        return lax.pcast(a, tuple(sorted(missing)), to="varying") if missing else a
+
+    return jax.tree.map(cast, operands)
+
+
+def rounded_over_devices(total, dtype):
+    """``total``, a sum over several devices, with no more bits than ``dtype`` has.
+
+    XLA for TPUs moves a cast, even one behind a barrier, before the sum over the
+    devices. This rounding stays where it is.
+    """
+    bits = jnp.finfo(dtype)
+    return lax.platform_dependent(
+        total,
+        tpu=lambda total: lax.reduce_precision(total, bits.nexp, bits.nmant),
+        default=lambda total: total,
+    )

@@ -1,0 +1,66 @@
+"""PyTorch's linear layer itself."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from oracle import assert_rounded_once, exact, random_problem, wide
+from test_pytorch import output_and_gradients
+
+from jaxlinear._parameters import uniform
+from jaxlinear.nnx import Linear
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("leading", [(), (7,), (2, 3, 4)], ids=str)
+def test_output_and_gradients_are_those_of_pytorch_live(dtype, leading):
+    layer = torch.nn.Linear(64, 48, dtype=getattr(torch, dtype))
+    with jax.enable_x64(dtype == "float64"):
+        x, weight, bias, cotangent = random_problem(leading, 64, 48, dtype)
+
+        def tensor(array):
+            return torch.from_numpy(wide(array)).to(layer.weight.dtype)
+
+        layer.load_state_dict({"weight": tensor(weight), "bias": tensor(bias)})
+        torch_x = tensor(x).requires_grad_()
+        y = layer(torch_x)
+        y.backward(tensor(cotangent))
+        theirs = (y, torch_x.grad, layer.weight.grad, layer.bias.grad)
+        ours = output_and_gradients(x, weight, bias, cotangent).values()
+        rows = int(np.prod(leading))
+        expected = exact(x, weight, bias, cotangent)
+        # Both are the same sums of at most 64 terms, rounded: judge both by float64.
+        for mine, other, (want, magnitude), terms in zip(
+            ours, theirs, expected, (64, 48, rows, rows), strict=True
+        ):
+            assert_rounded_once(mine, want, magnitude, terms)
+            assert mine.shape == tuple(other.shape)
+            other = other.detach().to(torch.float64).numpy()
+            # PyTorch may round partial sums to the dtype: one rounding for each term.
+            roundoff = float(jnp.finfo(dtype).eps) / 2
+            assert np.all(
+                np.abs(wide(mine) - other) <= (terms + 3) * roundoff * magnitude
+            )
+
+
+def test_a_pytorch_state_dict_loads_as_it_is():
+    theirs = torch.nn.Linear(5, 3)
+    ours = Linear(5, 3, rngs=nnx.Rngs(0))
+    nnx.update(
+        ours, {name: jnp.asarray(p.numpy()) for name, p in theirs.state_dict().items()}
+    )
+    x = np.linspace(-1, 1, 10, dtype=np.float32).reshape(2, 5)
+    expected = theirs(torch.from_numpy(x)).detach().numpy()
+    np.testing.assert_allclose(ours(x), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_initial_bound_is_that_of_pytorch():
+    for in_features in (1, 7, 400):
+        theirs = torch.nn.Linear(in_features, 20_000)
+        ours = uniform(in_features)(jax.random.key(0), (20_000, in_features))
+        for values in (theirs.weight, theirs.bias):
+            largest = values.abs().max().item()
+            assert float(jnp.max(jnp.abs(ours))) == pytest.approx(largest, rel=1e-3)

@@ -1,0 +1,176 @@
+"""The forms of a product on CPU: right values and no failure, whatever the form."""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+from oracle import exact, naive, random_problem, relative_error, wide
+
+from jaxlinear import _cpu, linear
+
+each_form = pytest.mark.parametrize("form", _cpu.REASONS)
+
+
+@pytest.mark.skipif(
+    not pathlib.Path("/proc/cpuinfo").exists(), reason="needs Linux's list of features"
+)
+def test_bfloat16_instructions_are_those_that_the_system_lists():
+    flags = set(pathlib.Path("/proc/cpuinfo").read_text().split())
+    listed = not flags.isdisjoint({"avx512_bf16", "amx_bf16"})
+    assert _cpu._has_bfloat16_instructions() is listed
+
+
+@each_form
+def test_values_are_right_whatever_the_form(form, use_form):
+    use_form(form)
+    x, weight, bias, cotangent = random_problem((64,), 48, 40, "bfloat16")
+    Y, vjp = jax.vjp(jax.jit(linear), x, weight, bias)
+    eps = float(jnp.finfo("bfloat16").eps)
+    for ours, (expected, _) in zip(
+        (Y, *vjp(cotangent)), exact(x, weight, bias, cotangent), strict=True
+    ):
+        assert relative_error(ours, expected) < eps
+
+
+@pytest.mark.parametrize("form", [_cpu.SHARED, _cpu.WIDENED])
+def test_long_sums_are_as_accurate_as_in_float32_without_bfloat16_instructions(
+    form, use_form
+):
+    use_form(form)
+    x, _, _, cotangent = random_problem((4096,), 512, 512, "bfloat16")
+    weight = jnp.zeros((512, 512))
+    _, vjp = jax.vjp(lambda w: linear(x, w, dtype="bfloat16"), weight)
+    expected = wide(cotangent).T @ wide(x)
+    in_float32 = jax.jit(lambda G, X: G.astype("float32").T @ X.astype("float32"))
+    of_float32 = relative_error(in_float32(cotangent, x), expected)
+    assert relative_error(vjp(cotangent)[0], expected) <= 1.01 * of_float32
+
+
+@each_form
+# Both mapped, and other axes, are among the random programs.
+@pytest.mark.parametrize("precision", [None, "BF16_BF16_F32"])
+@pytest.mark.parametrize(
+    ("x_axis", "weight_axis"), [(None, None), (2, None), (None, 0)]
+)
+def test_transposed_gradients_in_mixed_precision(
+    x_axis, weight_axis, precision, form, use_form
+):
+    use_form(form)
+    # XLA's CPU backend folds the transpose into the product, and fails when it runs one
+    # that takes bfloat16 operands and has a float32 result.
+    x, weight, _, _ = random_problem((2, 3), 8, 2, "float32")
+    if x_axis is not None:
+        x = jnp.stack([x, -x], x_axis)
+    if weight_axis is not None:
+        weight = jnp.stack([weight, 2 * weight], weight_axis)
+
+    def gradients(layer):
+        def loss(x, weight):
+            Y = layer(x, weight, dtype="bfloat16")
+            return jnp.sum(Y.astype("float32") ** 2)
+
+        def transposed(x, weight):
+            return [gradient.T for gradient in jax.grad(loss, (0, 1))(x, weight)]
+
+        axes = x_axis, weight_axis
+        return jax.jit(
+            transposed if axes == (None, None) else jax.vmap(transposed, axes)
+        )
+
+    # The two differ by their roundings, a few of half a bfloat16 eps each.
+    tolerance = 4 * float(jnp.finfo("bfloat16").eps)
+    layer = functools.partial(linear, precision=precision)
+    for ours, expected in zip(
+        gradients(layer)(x, weight), gradients(naive)(x, weight), strict=True
+    ):
+        assert relative_error(ours, wide(expected)) < tolerance
+
+
+@each_form
+@pytest.mark.parametrize("weight_is_transposed", [False, True])
+def test_a_transposed_operand_that_is_cast_in_another_function(
+    weight_is_transposed, form, use_form
+):
+    use_form(form)
+    # XLA folds the transpose into the product later than where there is one function.
+    x, weight, _, _ = random_problem((8,), 16, 4, "float32")
+    inner = jax.jit(functools.partial(linear, dtype="bfloat16"))
+
+    @jax.jit
+    def layer(x_transposed, weight):
+        weight = weight.T if weight_is_transposed else weight
+        return inner(x_transposed.T, weight)
+
+    Y = layer(x.T, weight.T if weight_is_transposed else weight)
+    expected = wide(x) @ wide(weight).T
+    assert relative_error(Y, expected) < 2 * float(jnp.finfo("bfloat16").eps)
+
+
+@each_form
+@pytest.mark.parametrize("leading", [(64,), (4, 16)], ids=str)
+def test_weight_gradient_of_many_more_outputs_than_inputs(leading, form, use_form):
+    use_form(form)
+    # On CPU it is the transposed product of the swapped operands, or that of rows.
+    x, weight, _, cotangent = random_problem(leading, 8, 32, "bfloat16")
+    (gradient,) = jax.vjp(lambda weight: linear(x, weight), weight)[1](cotangent)
+    expected = wide(cotangent).reshape(-1, 32).T @ wide(x).reshape(-1, 8)
+    assert relative_error(gradient, expected) < float(jnp.finfo("bfloat16").eps)
+
+
+def results(layer, x, weight, bias, cotangent):
+    Y, vjp = jax.vjp(layer, x, weight, bias)
+    return Y, *vjp(cotangent)
+
+
+# Algorithms of low precision that CPUs have, and the dtype in which they multiply.
+ALGORITHMS = {"BF16_BF16_F32": "bfloat16", "F16_F16_F16": "float16"}
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_algorithms_of_low_precision_run_on_cpu_mapped_over_weights_too(
+    dtype, algorithm
+):
+    # Where XLA folds a transpose into it, a plain product of bfloat16 fails on CPU.
+    x, weight, bias, cotangent = random_problem((16, 2), 8, 6, dtype)
+    layer = functools.partial(linear, precision=algorithm)
+    multiplied = ALGORITHMS[algorithm]
+    operands = [a.astype(multiplied).astype(dtype) for a in (x, weight)]
+    for mapped in (False, True):
+        function = functools.partial(results, layer)
+        arguments = x, weight, bias, cotangent
+        if mapped:
+            function = jax.vmap(function, (None, 2, None, None), -1)
+            arguments = x, jnp.stack([weight] * 3, 2), bias, cotangent
+        actual = jax.jit(function)(*arguments)
+        expected = [
+            *exact(*operands, bias, cotangent.astype(multiplied).astype(dtype))
+        ][:3]
+        # Of the products' operands, their sums and their results each is rounded once.
+        tolerance = 4 * max(jnp.finfo(multiplied).eps, jnp.finfo(dtype).eps)
+        for value, (want, _) in zip(actual, expected, strict=False):
+            value = value[..., 0] if mapped else value
+            assert relative_error(value, want) < tolerance
+
+
+@each_form
+@pytest.mark.parametrize(
+    ("rows", "in_features", "out_features"),
+    [(1, 0, 32), (1, 32, 0), (1, 0, 0), (0, 3, 32), (64, 0, 2048)],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_form_fails_where_an_axis_is_empty(
+    dtype, rows, in_features, out_features, form, use_form
+):
+    use_form(form)
+    x, weight, bias, cotangent = random_problem(
+        (rows,), in_features, out_features, dtype
+    )
+    found = results(linear, x, weight, bias, cotangent)
+    for ours, (expected, _) in zip(
+        found, exact(x, weight, bias, cotangent), strict=True
+    ):
+        assert ours.shape == expected.shape
+        assert relative_error(ours, expected) < float(jnp.finfo(dtype).eps)
