@@ -34,7 +34,7 @@ def forward_product(X, W, B, product, Y_type):
     if product.preferred_element_type is not None:
         return leaving_in(product.preferred_element_type)(X, W, B)
     # TPUs and CPUs add the bias before anything is rounded, at no cost. XLA for GPUs
-    # would first write the float32 product to memory (tests/targets).
+    # would first write the float32 product to memory (tests/deep/targets).
     rounded, wide = leaving_in(Y_type.dtype), leaving_in(accumulator(Y_type.dtype))
     return lax.platform_dependent(X, W, B, cuda=rounded, rocm=rounded, default=wide)
 

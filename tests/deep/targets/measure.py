@@ -1,6 +1,6 @@
 """What a program costs on a GPU or a TPU, as its compiler says without the device.
 
-    python tests/targets/measure.py TARGET [CASE ...]
+    python tests/deep/targets/measure.py TARGET [CASE ...]
 
 compiles our layer, the naive formula and Flax's for TARGET (h100, b200, v5e, v6e or
 tpu7x) and prints a line of JSON for each: its kernels, the MiB that they read and

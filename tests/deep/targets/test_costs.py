@@ -5,7 +5,7 @@ Both compilers come as packages and need no device:
     pip install 'jax[tpu]'
     pip install --no-deps jax-cuda12-plugin==VERSION jax-cuda12-pjrt==VERSION
     pip install nvidia-cuda-nvcc-cu12
-    python -m pytest tests/targets
+    python -m pytest tests/deep/targets
 
 `measure.py` prints the figures of any case, also for other devices.
 """
