@@ -18,9 +18,23 @@ class LoweredProduct(NamedTuple):
 
 
 def lowered_products(function, *arguments, platform="cpu"):
-    """Those of ``function`` in the order of the text, each once for each function."""
-    lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,))
-    return [_product(line) for line in lowered.as_text().splitlines() if _is_one(line)]
+    """Those of ``function`` in the order of the text."""
+    lines = _lowered(function, arguments, platform).splitlines()
+    return [_product(line) for line in lines if _is_product(line)]
+
+
+def products_run(function, *arguments, platform):
+    """How many products run: those of a function that is called twice count twice."""
+    body = r"func\.func \w+ @(\S+?)\((.*?)\n  }\n"
+    text = _lowered(function, arguments, platform)
+    functions = dict(re.findall(body, text, re.DOTALL))
+
+    def count(name):
+        called = re.findall(r"call @(\S+?)\(", functions[name])
+        own = sum(map(_is_product, functions[name].splitlines()))
+        return own + sum(map(count, called))
+
+    return count("main")
 
 
 def products_by_shape(function, *arguments, platform="cpu"):
@@ -31,7 +45,12 @@ def products_by_shape(function, *arguments, platform="cpu"):
     return by_shape
 
 
-def _is_one(line):
+def _lowered(function, arguments, platform):
+    traced = jax.jit(function).trace(*arguments)
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def _is_product(line):
     return "stablehlo.dot_general" in line
 
 

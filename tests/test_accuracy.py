@@ -12,7 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import exact, naive, random_array, relative_error, wide
+from oracle import (
+    exact,
+    naive,
+    output_and_gradients,
+    random_array,
+    relative_error,
+    wide,
+)
 
 from jaxlinear import linear
 
@@ -31,13 +38,8 @@ each_dtype = pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
 
 def results(layer, dtype, arrays):
     """Y, ∇X, ∇W and ∇B, of one compiled program."""
-
-    @jax.jit
-    def compute(x, weight, bias, cotangent):
-        Y, vjp = jax.vjp(functools.partial(layer, dtype=dtype), x, weight, bias)
-        return Y, *vjp(cotangent)
-
-    return compute(*arrays)
+    layer = functools.partial(layer, dtype=dtype)
+    return jax.jit(functools.partial(output_and_gradients, layer))(*arrays)
 
 
 def expected(dtype, arrays):

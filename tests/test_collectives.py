@@ -6,12 +6,10 @@ accumulator, its `preferred_element_type`: tests/deep/targets/test_reduction.py,
 the compiler for TPUs is installed.
 """
 
-import math
-import re
-
 import jax
 import jax.numpy as jnp
 import pytest
+from compiled import collectives
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from oracle import naive
@@ -43,22 +41,6 @@ DTYPES = {
     "mixed": ("float32", "float32", "bfloat16"),
     "mixed with bfloat16 input": ("bfloat16", "float32", "bfloat16"),
 }
-BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4}
-
-
-def collectives(compiled):
-    """Kind and bytes of the result of each array that a collective moves, sorted.
-
-    A collective may move several arrays at once, and may be split in start and done.
-    """
-    kinds = r"all-gather|all-reduce|reduce-scatter|all-to-all|collective-\w+?"
-    operation = rf"= (.*?) ({kinds})(?:-start)?\("
-    found = []
-    for result, kind in re.findall(operation, compiled.as_text()):
-        for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", result):
-            size = math.prod(int(n) for n in shape.split(",") if n)
-            found.append((kind, size * BYTES[dtype]))
-    return sorted(found)
 
 
 def compiled_gradients(layer, axis_type, layout, dtypes, has_bias):
@@ -114,5 +96,5 @@ def test_collectives_are_found_in_the_program():
         linear, AxisType.Auto, LAYOUTS["data"], DTYPES["float32"], has_bias=True
     )
     found = collectives(program)
-    assert ("all-reduce", OUT * IN * 4) in found
-    assert ("all-reduce", OUT * 4) in found
+    assert ("all-reduce", "f32", OUT * IN * 4) in found
+    assert ("all-reduce", "f32", OUT * 4) in found

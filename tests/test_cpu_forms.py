@@ -6,7 +6,14 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import pytest
-from oracle import exact, naive, random_problem, relative_error, wide
+from oracle import (
+    exact,
+    naive,
+    output_and_gradients,
+    random_problem,
+    relative_error,
+    wide,
+)
 
 from jaxlinear import _cpu, linear
 
@@ -26,10 +33,10 @@ def test_bfloat16_instructions_are_those_that_the_system_lists():
 def test_values_are_right_whatever_the_form(form, use_form):
     use_form(form)
     x, weight, bias, cotangent = random_problem((64,), 48, 40, "bfloat16")
-    Y, vjp = jax.vjp(jax.jit(linear), x, weight, bias)
+    found = output_and_gradients(jax.jit(linear), x, weight, bias, cotangent)
     eps = float(jnp.finfo("bfloat16").eps)
     for ours, (expected, _) in zip(
-        (Y, *vjp(cotangent)), exact(x, weight, bias, cotangent), strict=True
+        found, exact(x, weight, bias, cotangent), strict=True
     ):
         assert relative_error(ours, expected) < eps
 
@@ -119,11 +126,6 @@ def test_weight_gradient_of_many_more_outputs_than_inputs(leading, form, use_for
     assert relative_error(gradient, expected) < float(jnp.finfo("bfloat16").eps)
 
 
-def results(layer, x, weight, bias, cotangent):
-    Y, vjp = jax.vjp(layer, x, weight, bias)
-    return Y, *vjp(cotangent)
-
-
 # Algorithms of low precision that CPUs have, and the dtype in which they multiply.
 ALGORITHMS = {"BF16_BF16_F32": "bfloat16", "F16_F16_F16": "float16"}
 
@@ -139,7 +141,7 @@ def test_algorithms_of_low_precision_run_on_cpu_mapped_over_weights_too(
     multiplied = ALGORITHMS[algorithm]
     operands = [a.astype(multiplied).astype(dtype) for a in (x, weight)]
     for mapped in (False, True):
-        function = functools.partial(results, layer)
+        function = functools.partial(output_and_gradients, layer)
         arguments = x, weight, bias, cotangent
         if mapped:
             function = jax.vmap(function, (None, 2, None, None), -1)
@@ -168,7 +170,7 @@ def test_no_form_fails_where_an_axis_is_empty(
     x, weight, bias, cotangent = random_problem(
         (rows,), in_features, out_features, dtype
     )
-    found = results(linear, x, weight, bias, cotangent)
+    found = output_and_gradients(linear, x, weight, bias, cotangent)
     for ours, (expected, _) in zip(
         found, exact(x, weight, bias, cotangent), strict=True
     ):

@@ -12,7 +12,14 @@ from jax.lax import DotAlgorithmPreset
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from lowered import lowered_products, products_by_shape
-from oracle import assert_rounded_once, exact, naive, random_problem, relative_error
+from oracle import (
+    assert_rounded_once,
+    exact,
+    naive,
+    output_and_gradients,
+    random_problem,
+    relative_error,
+)
 
 import jaxlinear
 import jaxlinear.linen
@@ -27,16 +34,13 @@ def problem(dtype="float32"):
     return random_problem((ROWS,), IN, OUT, dtype)
 
 
-def results(layer, x, weight, bias, cotangent):
-    """Y and the three gradients."""
-    Y, vjp = jax.vjp(layer, x, weight, bias)
-    return Y, *vjp(cotangent.astype(Y.dtype))
-
-
 def lowered(argument_dtype="float32", platform="cuda", **options):
     """Each product of a forward and backward pass, by its field of ``Products``."""
-    function = functools.partial(results, functools.partial(linear, **options))
-    found = products_by_shape(function, *problem(argument_dtype), platform=platform)
+    *arrays, cotangent = problem(argument_dtype)
+    cotangent = cotangent.astype(options.get("dtype", argument_dtype))
+    layer = functools.partial(linear, **options)
+    passes = functools.partial(output_and_gradients, layer)
+    found = products_by_shape(passes, *arrays, cotangent, platform=platform)
     return {field: found[shape] for field, shape in SHAPES.items()}
 
 
@@ -243,8 +247,8 @@ def test_algorithm_that_the_device_does_not_have_is_refused_by_jax(field):
 
 def test_precision_changes_no_value_on_cpu():
     arguments = problem()
-    expected = results(naive, *arguments)
-    actual = results(functools.partial(linear, products=THREE), *arguments)
+    expected = output_and_gradients(naive, *arguments)
+    actual = output_and_gradients(functools.partial(linear, products=THREE), *arguments)
     for value, want in zip(actual, expected, strict=True):
         np.testing.assert_allclose(value, want, rtol=1e-5, atol=1e-5)
 
@@ -270,7 +274,7 @@ def test_every_product_is_rounded_once_from_operands_of_its_own_dtype(dtypes, le
     # A pair of equal dtypes is the same as one.
     own = Products(input_grad=Product(of_x), weight_grad=Product((of_weight,) * 2))
     layer = functools.partial(linear, dtype=forward, products=own)
-    Y, *actual = results(layer, x, weight, bias, cotangent)
+    Y, *actual = output_and_gradients(layer, x, weight, bias, cotangent)
 
     def exact_in(dtype):
         x_, weight_, cotangent_ = (a.astype(dtype) for a in (x, weight, cotangent))
@@ -293,7 +297,9 @@ def test_every_product_is_rounded_once_from_operands_of_its_own_dtype(dtypes, le
 def test_forward_product_of_another_dtype_than_the_output(dtype):
     x, weight, bias, cotangent = problem()
     own = Products(forward=Product(dtype))
-    Y, of_x, *_ = results(functools.partial(linear, products=own), *problem())
+    Y, of_x, *_ = output_and_gradients(
+        functools.partial(linear, products=own), *problem()
+    )
     rounded = (a.astype(dtype) for a in (x, weight))
     assert Y.dtype == "float32"
     assert_rounded_once(Y, *next(iter(exact(*rounded, bias, cotangent))), IN)
@@ -306,12 +312,14 @@ def test_gradients_that_overflow_in_float16_survive():
     arguments = x, weight, jnp.zeros(OUT), jnp.full((ROWS, OUT), 60_000, "float16")
     in_float16 = gradients(Product(preferred_element_type="float16"))
     for layer in (naive, functools.partial(linear, products=in_float16)):
-        _, *found, _ = results(functools.partial(layer, dtype="float16"), *arguments)
+        _, *found, _ = output_and_gradients(
+            functools.partial(layer, dtype="float16"), *arguments
+        )
         assert np.all(np.isinf(np.concatenate(found)))
     for preferred in (None, "bfloat16"):
         backward = gradients(Product("bfloat16", preferred_element_type=preferred))
         layer = functools.partial(linear, dtype="float16", products=backward)
-        _, of_x, of_weight, _ = results(layer, *arguments)
+        _, of_x, of_weight, _ = output_and_gradients(layer, *arguments)
         # The operands are rounded, and perhaps the result.
         eps = 3 * float(jnp.finfo("bfloat16").eps)
         np.testing.assert_allclose(of_x, OUT * 6e6, rtol=eps)
@@ -327,7 +335,7 @@ def test_float32_gradients_under_bfloat16_compute_are_those_of_float32():
         (gradients(Product("float32")), 0, 1e-6),
     ):
         layer = functools.partial(linear, dtype="bfloat16", products=products)
-        _, *found, _ = results(layer, x, weight, bias, cotangent)
+        _, *found, _ = output_and_gradients(layer, x, weight, bias, cotangent)
         for gradient, want in zip(found, (of_x, of_weight), strict=True):
             assert low < relative_error(gradient, want) < high
 
@@ -399,7 +407,9 @@ def test_alternative_float16_has_the_values_of_float16_on_cpu():
     hinted = functools.partial(linear, products=ALTERNATIVE_FLOAT16)
     arguments = problem("float16")
     for actual, expected in zip(
-        results(hinted, *arguments), results(linear, *arguments), strict=True
+        output_and_gradients(hinted, *arguments),
+        output_and_gradients(linear, *arguments),
+        strict=True,
     ):
         np.testing.assert_array_equal(actual, expected)
 

@@ -6,6 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from lowered import products_run
 from oracle import naive, random_array
 
 import jaxlinear
@@ -62,16 +63,7 @@ def products_on_tpu(layer, policy):
         Y, vjp = jax.vjp(network, *arguments)
         return vjp(Y)
 
-    lowered = jax.jit(passes).trace(*arguments).lower(lowering_platforms=("tpu",))
-    body = r"func\.func \w+ @(\S+?)\((.*?)\n  }\n"
-    functions = dict(re.findall(body, lowered.as_text(), re.DOTALL))
-
-    def products(name):
-        called = re.findall(r"call @(\S+?)\(", functions[name])
-        own = functions[name].count("stablehlo.dot_general")
-        return own + sum(map(products, called))
-
-    return products("main")
+    return products_run(passes, *arguments, platform="tpu")
 
 
 # On CPU they do not see them: the form that runs there is inside a `custom_vmap`.

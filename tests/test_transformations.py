@@ -63,7 +63,7 @@ def test_leak_checking_inside_shard_map():
     )
     with jax.check_tracer_leaks(True):
         actual = jax.jit(mapped)(x, weight, bias)
-    np.testing.assert_allclose(actual, 2 * linear(x, weight, bias) @ weight, rtol=1e-5)
+    np.testing.assert_allclose(actual, 2 * naive(x, weight, bias) @ weight, rtol=1e-5)
 
 
 def test_forward_mode_outside_the_switch_is_refused_by_jax():

@@ -1,0 +1,24 @@
+"""The collectives of a compiled program, read from its text.
+
+Not with `jaxlinear.inspect`, which the tests of it compare with this.
+"""
+
+import math
+import re
+
+BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4}
+
+
+def collectives(compiled):
+    """Kind, dtype and bytes of each array that a collective moves, sorted.
+
+    A collective may move several arrays at once, and may be split in start and done.
+    """
+    kinds = r"all-gather|all-reduce|reduce-scatter|all-to-all|collective-\w+?"
+    operation = rf"= (.*?) ({kinds})(?:-start)?\("
+    found = []
+    for result, kind in re.findall(operation, compiled.as_text()):
+        for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", result):
+            size = math.prod(int(n) for n in shape.split(",") if n)
+            found.append((kind, dtype, size * BYTES[dtype]))
+    return sorted(found)
