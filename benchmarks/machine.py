@@ -14,7 +14,13 @@ LIBRARIES = ["jax", "jaxlib", "flax", "dm-haiku", "equinox", "torch", "numpy"]
 FEATURES = ["avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16"]  # The last of Arm.
 PRODUCT_FILES = [
     ROOT / "jaxlinear" / name
-    for name in ("_linear.py", "_cpu.py", "_products.py", "_types.py")
+    for name in (
+        "_linear.py",
+        "_formulas.py",
+        "_product.py",
+        "_cpu.py",
+        "_sharding.py",
+    )
 ]
 """The files that decide what is computed."""
 

@@ -16,7 +16,7 @@ from benchmarks.machine import PRODUCT_FILES, ROOT, digest
 from benchmarks.model import GPT_STEP
 from benchmarks.report import geometric_mean
 from benchmarks.rows import rows_of
-from jaxlinear._table import table
+from jaxlinear.inspect._table import table
 
 BEGIN, END = "<!-- speed: begin -->", "<!-- speed: end -->"
 FILES = {"with": "native.json", "without": "plain.json"}

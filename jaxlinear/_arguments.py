@@ -145,25 +145,27 @@ def checked_products(products, precision, dtype=None):
             f"`products` must be a jaxlinear.Products, got {type(products).__name__}"
         )
     precision = _checked_precision("precision", precision)
-    checked = []
-    for field, product in products._asdict().items():
-        name = f"products.{field}"
-        if not isinstance(product, Product):
-            raise TypeError(
-                f"`{name}` must be a jaxlinear.Product, got {type(product).__name__}"
-            )
-        if product.precision is not None:
-            precision_ = _checked_precision(f"{name}.precision", product.precision)
-        else:
-            precision_ = precision
-        preferred = checked_optional_dtype(
-            f"{name}.preferred_element_type", product.preferred_element_type
+
+    def checked(field, product):
+        return _checked_product(f"products.{field}", product, precision, dtype)
+
+    return Products(*map(checked, Products._fields, products))
+
+
+def _checked_product(name, product, precision, dtype):
+    if not isinstance(product, Product):
+        raise TypeError(
+            f"`{name}` must be a jaxlinear.Product, got {type(product).__name__}"
         )
-        product = Product(_checked_operands(name, product), precision_, preferred)
-        if dtype is not None or product.dtype is not None:
-            _check_kinds(name, product, dtype)
-        checked.append(product)
-    return Products(*checked)
+    if product.precision is not None:
+        precision = _checked_precision(f"{name}.precision", product.precision)
+    preferred = checked_optional_dtype(
+        f"{name}.preferred_element_type", product.preferred_element_type
+    )
+    product = Product(_checked_operands(name, product), precision, preferred)
+    if dtype is not None or product.dtype is not None:
+        _check_kinds(name, product, dtype)
+    return product
 
 
 def _checked_operands(name, product):
