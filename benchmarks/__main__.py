@@ -39,12 +39,17 @@ def main():
     path = options.output / "results.json"
     try:
         device = jax.devices(options.device)[0]
+    except RuntimeError as error:
+        parser.error(f"argument --device: {str(error).splitlines()[0]}")
+    seconds = 0.02 if options.quick else 0.2  # for each program, in rounds
+    now = describe(device) | {"seconds": seconds}
+    try:
         options.output.mkdir(parents=True, exist_ok=True)
-        seconds = 0.02 if options.quick else 0.2  # for each program, in rounds
-        now = describe(device) | {"seconds": seconds}
         document = results_file.started(path, now, options.resume)
-    except (RuntimeError, ValueError, OSError) as error:
-        parser.error(str(error).splitlines()[0])
+    except OSError as error:
+        parser.error(f"argument --output: {options.output}: {error.strerror}")
+    except ValueError as error:
+        parser.error(str(error))
     console = Console()
     # Tables need their width where the terminal does not say its own.
     console.width = max(console.width, 100)

@@ -6,7 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.checks import as_float64, relative_error, require, roundoff
+from benchmarks.checks import (
+    OPERAND_ROUNDOFF,
+    as_float64,
+    relative_error,
+    require,
+    roundoff,
+)
 from benchmarks.contenders import TRANSPOSED, jax_contenders
 from benchmarks.timing import compiled
 
@@ -64,7 +70,7 @@ def model_programs(gpt, dtype_name, compute_dtype, device):
     with jax.default_matmul_precision("highest"):
         loss, parameters = loss_of(gpt, layers["naive formula"], "float32")
         exact = by_kind(jax.jit(jax.value_and_grad(loss))(parameters, tokens), False)
-    limit = bound(gpt, compute_dtype)
+    limit = bound(gpt, compute_dtype, device.platform)
     for name in LIBRARIES:
         if name in layers:
             loss, parameters = loss_of(gpt, layers[name], compute_dtype)
@@ -81,15 +87,17 @@ def model_programs(gpt, dtype_name, compute_dtype, device):
     return programs, errors, 6 * count * gpt.rows, 8 * count
 
 
-def bound(gpt, compute_dtype):
+def bound(gpt, compute_dtype, platform):
     """Independent roundings of the values in series, forward and backward: 4 √depth u.
 
-    In float32 the sums weigh more than the last rounding: √n u, with the longest n.
+    In float32 the sums weigh more than the last rounding, √n u with the longest n; and
+    accelerators round the operands of the products by default.
     """
     depth = 2 * (10 * gpt.layers + 3)
     longest = max(gpt.rows, gpt.out_features)
     accumulated = longest**0.5 * roundoff("float32")
-    return 4 * depth**0.5 * (roundoff(compute_dtype) + accumulated)
+    operands = OPERAND_ROUNDOFF.get(platform, 0) if compute_dtype == "float32" else 0
+    return 4 * depth**0.5 * (roundoff(compute_dtype) + accumulated + 2 * operands)
 
 
 def sgd(loss):

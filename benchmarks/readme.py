@@ -42,7 +42,10 @@ def main():
     folder = ROOT / "benchmarks" / "results"
     parser.add_argument("--results", type=pathlib.Path, default=folder)
     options = parser.parse_args()
-    text = options.readme.read_text()
+    try:
+        text = options.readme.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        parser.error(f"argument --readme: {options.readme}: {error}")
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         parser.error(f"{options.readme}: has not {BEGIN} and {END}, once each")
     try:

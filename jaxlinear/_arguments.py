@@ -144,7 +144,7 @@ def checked_products(products, precision, dtype=None):
         raise TypeError(
             f"`products` must be a jaxlinear.Products, got {type(products).__name__}"
         )
-    precision = _checked_precision("precision", precision)
+    precision = checked_precision("precision", precision)
 
     def checked(field, product):
         return _checked_product(f"products.{field}", product, precision, dtype)
@@ -158,7 +158,7 @@ def _checked_product(name, product, precision, dtype):
             f"`{name}` must be a jaxlinear.Product, got {type(product).__name__}"
         )
     if product.precision is not None:
-        precision = _checked_precision(f"{name}.precision", product.precision)
+        precision = checked_precision(f"{name}.precision", product.precision)
     preferred = checked_optional_dtype(
         f"{name}.preferred_element_type", product.preferred_element_type
     )
@@ -240,13 +240,13 @@ def completed(products, dtype, x, weight, bias):
 
 def _default_precision():
     default = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
-    return _checked_precision("jax_default_matmul_precision", default)
+    return checked_precision("jax_default_matmul_precision", default)
 
 
-def _checked_precision(name: str, precision: Any) -> Any:
+def checked_precision(name: str, precision: Any) -> Any:
     """``precision`` without names: what ``lax.dot_general`` takes, and hashable."""
     if isinstance(precision, tuple | list) and len(precision) == 2:
-        return tuple(_checked_precision(name, operand) for operand in precision)
+        return tuple(checked_precision(name, operand) for operand in precision)
     if isinstance(precision, str):
         precision = _PRECISIONS.get(precision, precision)
     if precision is lax.DotAlgorithmPreset.DEFAULT:

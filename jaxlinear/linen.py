@@ -25,6 +25,7 @@ from jaxlinear._arguments import (
     checked_features,
     checked_optional_dtype,
     checked_param_dtype,
+    checked_precision,
     checked_products,
     checked_sharding,
     refuse_others,
@@ -98,7 +99,9 @@ class Linear(nn.Module):
         checked_features("features", self.features)
         checked_param_dtype(self.param_dtype)
         dtype = checked_optional_dtype("dtype", self.dtype)
-        checked_products(self.products, self.precision, dtype)
+        # A list is kept as a tuple: modules have a hash.
+        self.precision = checked_precision("precision", self.precision)
+        self.products = checked_products(self.products, None, dtype)
         check_initializer("kernel_init", self.kernel_init)
         check_initializer("bias_init", self.bias_init)
         checked_sharding("device", self.device)

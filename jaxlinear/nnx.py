@@ -24,6 +24,7 @@ from jaxlinear._arguments import (
     checked_features,
     checked_optional_dtype,
     checked_param_dtype,
+    checked_precision,
     checked_products,
     checked_sharding,
     refuse_others,
@@ -107,9 +108,8 @@ class Linear(nnx.Module):
         self.use_bias = use_bias
         self.dtype = checked_optional_dtype("dtype", dtype)
         self.param_dtype = checked_param_dtype(param_dtype)
-        checked_products(products, precision, self.dtype)
-        self.precision = precision
-        self.products = products
+        self.precision = checked_precision("precision", precision)
+        self.products = checked_products(products, None, self.dtype)
         check_initializer("kernel_init", kernel_init)
         check_initializer("bias_init", bias_init)
         sharding = checked_sharding("device", device)

@@ -8,10 +8,10 @@ import sys
 
 import numpy as np
 import pytest
-from jaxlinear._accuracy import DTYPES, QUANTITIES, Measurement, measured
 
-from jaxlinear import __main__ as command
-from jaxlinear import _accuracy
+from jaxlinear.inspect import _accuracy
+from jaxlinear.inspect import _command as command
+from jaxlinear.inspect._accuracy import DTYPES, QUANTITIES, Measurement, measured
 
 LAYERS = "jaxlinear", "naive", "Flax"
 
@@ -128,11 +128,39 @@ def test_json_is_printed_or_written_and_the_heat_map_drawn(
     assert image.read_bytes().startswith(b"\x89PNG")
 
 
+# What cannot be written, and what is said of it.
+UNWRITABLE = {
+    "no folder": (
+        "no/such/folder/file.png",
+        "the folder of no/such/folder/file.png does",
+    ),
+    "a folder": ("folder.png", "folder.png is a folder"),
+    "read only": ("read-only.png", "read-only.png cannot be written"),
+}
+
+
 @pytest.mark.parametrize("option", ["--json", "--png"])
-def test_a_folder_that_does_not_exist_is_refused_first(monkeypatch, capsys, option):
+@pytest.mark.parametrize("case", UNWRITABLE.values(), ids=UNWRITABLE)
+def test_what_cannot_be_written_is_refused_first(
+    monkeypatch, capsys, tmp_path, option, case
+):
+    name, message = case
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "read-only.png").touch()
+    # Root may write what is read only.
+    monkeypatch.setattr(command.os, "access", lambda file, _: file.suffix != ".png")
     with pytest.raises(SystemExit, match="2"):
-        run(monkeypatch, None, option, "no/such/folder/file")
-    assert "its folder does not exist" in capsys.readouterr().err
+        run(monkeypatch, None, option, name)
+    assert f"{option}: {message}" in capsys.readouterr().err
+
+
+def test_an_image_that_matplotlib_cannot_write_is_refused_first(monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, None, "--png", "x.txt")
+    said = capsys.readouterr().err
+    assert "--png: x.txt must end in one of" in said
+    assert "png" in said.split("one of")[1]
 
 
 def test_without_flax_and_matplotlib_it_runs_and_says_what_is_missing():
