@@ -37,6 +37,12 @@ def functions_of(form):
 if form := os.environ.get("BFLOAT16_FORM"):
     vars(_cpu).update(functions_of(form))
 
+# The package as a mutant has it, for the test that must notice.
+if name := os.environ.get("MUTANT"):
+    from mutants import MUTANTS
+
+    MUTANTS[name].breaks()
+
 
 @pytest.fixture
 def use_form(monkeypatch):

@@ -198,8 +198,5 @@ def test_a_box_that_cannot_be_placed_is_refused_with_what_to_do():
 def test_modules_with_lists_for_pairs_have_a_hash(layer):
     pair = Product(["bfloat16", "bfloat16"], ["highest", "default"])
     module = layer(precision=["highest", "default"], products=Products(pair))
-    if layer is NNX:
-        module = flax_nnx.graphdef(module)
-    else:
-        module = module.clone(parent=None)
-    assert isinstance(hash(module), int)
+    static = flax_nnx.graphdef(module) if layer is NNX else module.clone(parent=None)
+    assert isinstance(hash(static), int)
