@@ -423,7 +423,7 @@ def _():
 
 @mutant(
     "a barrier before an operand that is gathered",
-    "deep/test_collectives.py::test_collectives_are_those_of_the_naive_formula[AxisType.Explicit-sequence-bfloat16]",
+    "test_collectives.py::test_collectives_are_those_of_the_naive_formula[AxisType.Explicit-sequence-mixed]",
 )
 def _():
     replace(_cpu, "_has_gathered_rows", lambda right: lambda *a: False)
@@ -505,7 +505,7 @@ def _():
 
 @mutant(
     "operands that vary over different manual axes",
-    "test_table.py::test_the_layer_passes[shard_map_data_parallel-`linear`]",
+    "test_table.py::test_the_layer_passes[shard_map_data_parallel]",
 )
 def _():
     replace(_sharding, "vary_together", lambda right: lambda *operands: operands)
@@ -513,7 +513,7 @@ def _():
 
 @mutant(
     "cotangents without a sharding",
-    "test_table.py::test_the_layer_passes[explicit_sharding_data_parallel-`linear`]",
+    "test_table.py::test_the_layer_passes[explicit_sharding_data_parallel]",
 )
 def _():
     def unsharded(right):
@@ -648,9 +648,7 @@ def _():
     replace(_linear, "_apply", lambda right: _linear._apply_jitted)
 
 
-@mutant(
-    "a switch that does nothing", "test_table.py::test_the_layer_passes[jvp-`linear`]"
-)
+@mutant("a switch that does nothing", "test_table.py::test_the_layer_passes[jvp]")
 def _():
     replace(_plain, "in_plain_autodiff", lambda right: lambda: False)
 

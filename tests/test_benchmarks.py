@@ -161,22 +161,6 @@ def test_a_wrong_contender_is_not_timed(library, monkeypatch):
 TINY = GPT(layers=1, in_features=32, heads=2, tokens=8, batch=2, out_features=64)
 
 
-def test_a_step_of_a_whole_model_is_checked_and_has_its_bytes():
-    dtype, compute_dtype = "mixed", "bfloat16"
-    allowed = jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard")
-    with allowed[0], allowed[1]:
-        checked = model_programs(TINY, dtype, compute_dtype, jax.devices()[0])
-        losses = [program.call()[0] for program in checked[0].values()]
-    programs, errors, flops, least_bytes = checked
-    assert {"jaxlinear", "naive formula", "Flax NNX"} <= programs.keys()
-    assert errors.keys() == programs.keys()
-    linear = 12 * 32**2 + 32 * 64
-    assert (flops, least_bytes) == (6 * linear * 16, 8 * linear)
-    assert all(map(jnp.isfinite, losses))
-    for program in programs.values():
-        assert 0 < program.temporary_bytes < program.peak_bytes
-
-
 def test_a_wrong_layer_of_a_whole_model_is_not_timed(monkeypatch):
     def wrong(weight, bias, dtype):
         apply, parameters = contenders.naive(weight, bias, dtype)

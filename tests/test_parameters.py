@@ -42,7 +42,7 @@ def kolmogorov_distance(values, bound):
 
 @each_api
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("in_features", [1, 3, 400, 1000])
+@pytest.mark.parametrize("in_features", [3, 1000])
 def test_every_value_is_inside_the_bound_in_every_dtype(parameters, dtype, in_features):
     bound = math.sqrt(1 / in_features)
     with jax.enable_x64(dtype == "float64"):

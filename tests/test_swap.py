@@ -66,8 +66,7 @@ class LinenModel(nn.Module):
     @nn.compact
     def __call__(self, tokens):
         x = nn.Embed(VOCABULARY, EMBED)(tokens)
-        for _ in range(2):
-            x = LinenBlock(self.dense)(x)
+        x = LinenBlock(self.dense)(x)
         return self.dense(VOCABULARY, name="logits")(nn.LayerNorm()(x))
 
 

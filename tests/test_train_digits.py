@@ -1,6 +1,6 @@
 """The example program ``examples/train_digits.py``, run as a user runs it.
 
-Its checkpoints, killed, damaged and of others, are in `deep/test_train_digits.py`.
+Linen and checkpoints (killed, damaged, of others) are in `deep/test_train_digits.py`.
 """
 
 import importlib.util
@@ -65,17 +65,6 @@ def test_default_run_classifies_97_percent_and_prints_small_gradient_errors(tmp_
     for _, ours, naive, _ in rows[6:]:  # bfloat16, where the naive formula rounds.
         assert 0 < float(ours) < 100 * eps < 2**-12 < float(naive)
     assert imread(tmp_path / "train_digits.png").shape[1] > 1000
-
-
-def test_a_finished_run_is_resumed_in_linen_and_only_evaluated_again(tmp_path):
-    flags = "--linen", "--hidden", "64", "--epochs", "3", "--checkpoint", "saved"
-    first, again = run(tmp_path, *flags), run(tmp_path, *flags)
-    for result in (first, again):
-        assert (result.returncode, result.stderr) == (0, "")
-        assert accuracy(result.stdout) >= 85
-        assert len(ROW.findall(result.stdout)) == 12
-    assert len(re.findall("^epoch", first.stdout, re.M)) == 3
-    assert "epoch" not in again.stdout
 
 
 # Flags are refused before anything is computed: quickly, so in this process.

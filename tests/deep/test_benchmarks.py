@@ -1,10 +1,15 @@
-"""A run of the benchmarks that is killed, and goes on."""
+"""The whole model of the benchmarks, and a run that is killed and goes on."""
 
 import json
 import signal
 import subprocess
 
-from test_benchmarks import COMMAND, ENVIRONMENT, ROOT, run_benchmarks
+import jax
+import jax.numpy as jnp
+import pytest
+from test_benchmarks import COMMAND, ENVIRONMENT, ROOT, TINY, run_benchmarks
+
+from benchmarks.model import model_programs
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path):
@@ -37,3 +42,20 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     assert len(cells) == len(set(cells))
     assert ("growth 1024", "jaxlinear") in cells
     assert [*tmp_path.glob(".results*")] == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "mixed"])
+def test_a_step_of_a_whole_model_is_checked_and_has_its_bytes(dtype):
+    compute_dtype = {"float32": "float32", "mixed": "bfloat16"}[dtype]
+    allowed = jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard")
+    with allowed[0], allowed[1]:
+        checked = model_programs(TINY, dtype, compute_dtype, jax.devices()[0])
+        losses = [program.call()[0] for program in checked[0].values()]
+    programs, errors, flops, least_bytes = checked
+    assert {"jaxlinear", "naive formula", "Flax NNX"} <= programs.keys()
+    assert errors.keys() == programs.keys()
+    linear = 12 * 32**2 + 32 * 64
+    assert (flops, least_bytes) == (6 * linear * 16, 8 * linear)
+    assert all(map(jnp.isfinite, losses))
+    for program in programs.values():
+        assert 0 < program.temporary_bytes < program.peak_bytes
