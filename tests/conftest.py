@@ -1,5 +1,6 @@
 """Every strictness that JAX has, and eight devices, for all tests."""
 
+import importlib
 import os
 
 # LLVM takes a quarter of the time of the tests to optimise small programs. XLA's own
@@ -38,10 +39,9 @@ if form := os.environ.get("BFLOAT16_FORM"):
     vars(_cpu).update(functions_of(form))
 
 # The package as a mutant has it, for the test that must notice.
-if name := os.environ.get("MUTANT"):
-    from mutants import MUTANTS
-
-    MUTANTS[name].breaks()
+if mutant := os.environ.get("MUTANT"):
+    module, _, name = mutant.partition(":")
+    importlib.import_module(module).MUTANTS[name].breaks()
 
 
 @pytest.fixture

@@ -6,11 +6,14 @@ import importlib.metadata
 import pathlib
 import pkgutil
 import re
+import subprocess
+import sys
 
 import jax
 import pytest
 
 import jaxlinear
+from benchmarks import readme
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(
@@ -31,6 +34,12 @@ def test_python_block_of_the_readme_runs(block):
     exec(compile(block, str(README), "exec"), {})
 
 
+def test_figures_in_the_readme_are_those_of_our_results(monkeypatch):
+    """`python -m benchmarks.readme` writes them; results may be older, and say so."""
+    monkeypatch.setattr(sys, "argv", ["readme", "--check"])
+    readme.main()
+
+
 @pytest.mark.parametrize("name", ["jaxlinear", *MODULES])
 def test_docstring_examples_are_right(name):
     module = importlib.import_module(name)
@@ -48,9 +57,6 @@ def test_public_functions_and_classes_have_examples():
 
 
 def test_importing_the_package_needs_jax_alone():
-    import subprocess
-    import sys
-
     program = (
         "import sys; sys.modules['flax'] = None; import jaxlinear;"
         " print(*sorted(n for n in vars(jaxlinear) if not n.startswith('_')))\n"

@@ -1,15 +1,275 @@
-"""The whole model of the benchmarks, and a run that is killed and goes on."""
+"""The benchmarks as a user runs them."""
 
+import dataclasses
 import json
+import os
+import pathlib
 import signal
 import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
-from test_benchmarks import COMMAND, ENVIRONMENT, ROOT, TINY, run_benchmarks
 
-from benchmarks.model import model_programs
+from benchmarks import __main__ as command
+from benchmarks import contenders, measure, readme, report, results_file
+from benchmarks.machine import digest, processor
+from benchmarks.model import GPT, model_programs
+from benchmarks.rows import OURS, Row
+from benchmarks.timing import Program, interleaved, repeated_on_device
+from benchmarks.workloads import WORKLOADS, problem, work
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+COMMAND = [sys.executable, "-m", "benchmarks", "--quick"]
+ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+
+
+def run_benchmarks(*arguments):
+    return subprocess.run(
+        [*COMMAND, *arguments],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def naive_row(ratio):
+    """A result in which the naive formula takes ``ratio`` times our time."""
+    numbers = {field.name: 1 for field in dataclasses.fields(Row)}
+    cell = {"workload": "growth 256", "dtype": "float32", "mode": "step"}
+    figures = {"ratio_low": ratio, "ratio": ratio, "ratio_high": ratio}
+    return numbers | {"library": "naive formula"} | cell | figures
+
+
+def test_results_are_a_table_and_json_and_plots_and_compared_with_older_ones(tmp_path):
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps({"results": [naive_row(1000)]}))
+    run = run_benchmarks(
+        *("--only", "growth 256", "--only", "MLP", "--dtype", "float32"),
+        *("--output", str(tmp_path), "--compare", str(old)),
+    )
+    assert run.returncode == 1, run.stderr
+    assert "MLP, hidden layer" in run.stdout
+    assert "regressions" in run.stdout
+    document = json.loads((tmp_path / "results.json").read_text())
+    described = {"device", "cpu", "date", "versions", "commit", "tree is clean"}
+    assert described | {"products", "ceilings", "overhead"} < document.keys()
+    assert document["complete"]
+    for count in ("3 of 4", "4 of 4"):  # On a pipe a line for each cell.
+        assert f"{count}, about " in run.stdout
+    rows = document["results"]
+    assert {row["workload"] for row in rows} >= {"growth 256", "MLP, hidden layer"}
+    libraries = {row["library"] for row in rows if row["workload"] != "growth 256"}
+    assert libraries >= {"jaxlinear", "naive formula", "Flax NNX", "Flax Linen"}
+    for row in rows:
+        assert row["low_s"] <= row["median_s"] <= row["high_s"]
+        assert row["ratio"] > 0
+        assert 0 < row["relative_error"] < 0.05
+    for name in ("ratio.png", "roofline.png", "growth.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("before", "now", "found"), [(2, 1, 1), (2, 2, 0), (1, 2, 0)])
+def test_a_regression_is_a_lead_that_has_shrunk(before, now, found):
+    old, new = {"results": [naive_row(before)]}, {"results": [naive_row(now)]}
+    table = report.regressions(old, new)
+    assert (table.row_count if table else 0) == found
+
+
+def test_a_regression_within_the_spread_is_none():
+    old = {"results": [naive_row(2) | {"ratio_low": 1.5}]}
+    new = {"results": [naive_row(1.8)]}
+    assert report.regressions(old, new) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "no such workload"], "no workload has a name with"),
+        (["--compare", "missing.json"], "--compare: missing.json: No such file"),
+        (["--compare", str(ROOT)], f"--compare: {ROOT}: Is a directory"),
+        (["--compare", str(ROOT / "LICENSE")], "LICENSE: no JSON"),
+        (["--dtype", "int8"], "--dtype: invalid choice"),
+        (["--device", "tpu"], "--device: "),
+        (["--output", str(ROOT / "LICENSE")], "LICENSE: File exists"),
+    ],
+    ids=["workload", "file", "folder", "text", "dtype", "device", "output"],
+)
+def test_wrong_options_are_refused_before_anything_is_timed(
+    arguments, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments])
+    monkeypatch.setattr(command, "fill", None)
+    with pytest.raises(SystemExit, match="2"):
+        command.main()
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    # A folder for results may be there, for the wrong device an empty one.
+    assert not [*tmp_path.rglob("*.json")]
+
+
+def test_a_page_that_is_not_there_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["readme", "--readme", "no/such/page.md"])
+    with pytest.raises(SystemExit, match="2"):
+        readme.main()
+    assert "--readme: no/such/page.md: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"results": [', "no JSON"),
+        ("[1]", "no results of benchmarks"),
+        ('{"name": "other"}', "no results of benchmarks"),
+        ('{"results": [{"ratio": 1}]}', "no results of benchmarks"),
+        ('{"results": []}', "of another device"),
+    ],
+    ids=["corrupted", "list", "foreign", "incomplete row", "another machine"],
+)
+def test_a_file_that_cannot_be_gone_on_with_is_refused_and_kept(
+    text, message, tmp_path
+):
+    path = tmp_path / "results.json"
+    path.write_text(text)
+    now = dict.fromkeys(results_file.MUST_AGREE, "here")
+    with pytest.raises(ValueError, match=message):
+        results_file.started(path, now, resume=True)
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize("library", ["jaxlinear", "naive formula"])
+def test_a_wrong_contender_is_not_timed(library, monkeypatch):
+    def wrong(weight, bias, dtype):
+        apply, parameters = contenders.naive(weight, bias, dtype)
+        return lambda parameters, x: 1.001 * apply(parameters, x), parameters
+
+    layers = {"jaxlinear": contenders.ours, library: wrong}
+    monkeypatch.setattr(measure, "jax_contenders", lambda: layers)
+    monkeypatch.setattr(measure, "pytorch_runs", lambda *arguments: False)
+    workload = next(w for w in WORKLOADS if w.name == "MLP, hidden layer")
+    message = f"MLP, hidden layer, float32, step: Y of {library} .* bound "
+    allowed = jax.numpy_rank_promotion("allow")  # As the naive formula is written.
+    arguments = workload, "float32", ["step"], jax.devices()[0], 0.01, {}
+    with allowed, pytest.raises(ArithmeticError, match=message):
+        next(measure.measure(*arguments))
+
+
+TINY = GPT(layers=1, in_features=32, heads=2, tokens=8, batch=2, out_features=64)
+
+
+def test_a_wrong_layer_of_a_whole_model_is_not_timed(monkeypatch):
+    def wrong(weight, bias, dtype):
+        apply, parameters = contenders.naive(weight, bias, dtype)
+        return lambda parameters, x: 1.001 * apply(parameters, x), parameters
+
+    layers = {"jaxlinear": wrong, "naive formula": contenders.naive}
+    monkeypatch.setattr("benchmarks.model.jax_contenders", lambda: layers)
+    allowed = jax.numpy_rank_promotion("allow")
+    with allowed, pytest.raises(ArithmeticError, match=r"GPT step, .* of jaxlinear"):
+        model_programs(TINY, "float32", "float32", jax.devices()[0])
+
+
+def test_a_program_that_is_far_slower_is_timed_once(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+
+    def taking(seconds):
+        def run(times):
+            clock[0] += seconds * times
+
+        return Program(call=lambda: None, run=run)
+
+    programs = {OURS: taking(0.02), "other": taking(0.01), "slow": taking(5.0)}
+    samples = interleaved(programs, 0.05)
+    assert {name: len(s) for name, s in samples.items()} == {
+        OURS: 15,
+        "other": 15,
+        "slow": 1,
+    }
+    long = interleaved({OURS: taking(100.0), "other": taking(101.0)}, 0.05)
+    assert {len(s) for s in long.values()} == {1}
+
+
+@pytest.mark.parametrize(
+    ("text", "model", "features", "is_native"),
+    [
+        ("model name\t: A\nflags\t: fpu avx2 avx512f avx512_bf16", "A", 3, "yes"),
+        ("model name\t: B\nflags\t: fpu avx avx2", "B", 1, "no"),
+        ("Features\t: fp asimd bf16", None, 1, "yes"),
+    ],
+    ids=["with bfloat16", "without", "Arm"],
+)
+def test_a_processor_is_described(text, model, features, is_native, tmp_path):
+    file = tmp_path / "cpuinfo"
+    file.write_text(text + "\n")
+    found = processor(file)
+    assert model in (None, found["model"])
+    assert len(found["features"]) == features
+    assert found["bfloat16 instructions"] == is_native
+    assert processor(tmp_path / "none")["features"] is None
+
+
+def run_readme(*arguments):
+    command = [sys.executable, "-m", "benchmarks.readme", *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+    )
+
+
+def test_the_tables_of_the_readme_are_written_and_checked(tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+    old = json.loads((ROOT / "benchmarks/results/native.json").read_text())
+    (tmp_path / "native.json").write_text(json.dumps(old | {"products": "others"}))
+    where = "--readme", str(page), "--results", str(tmp_path)
+    assert run_readme(*where, "--check").returncode == 1
+    assert run_readme(*where).returncode == 0
+    assert run_readme(*where, "--check").returncode == 0
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "older than the package's products" in text
+    assert "| MLP, hidden layer (128 × 784 → 256) " in text
+
+
+def test_results_are_older_where_the_products_have_changed(tmp_path):
+    file = tmp_path / "product.py"
+    file.write_text("a")
+    before = digest([file])
+    file.write_text("b")
+    document = {"device": "CPU", "versions": {"jax": "0"}, "date": "2026-01-01"}
+    fresh = readme.caption(document | {"products": before}, "with", before)
+    stale = readme.caption(document | {"products": before}, "with", digest([file]))
+    assert "older" not in fresh
+    assert "older than the package's products" in stale
+
+
+def test_the_work_of_a_step_is_that_of_its_products():
+    workload = WORKLOADS[0]
+    arrays = problem(workload, "float32")
+    flops, least_bytes = work(workload, "step", arrays)
+    product = 2 * 1 * 1024 * 4096
+    assert flops == pytest.approx(3 * product, rel=0.01)
+    # x, weight, bias and the cotangent are read; as much is written as gradients and Y.
+    assert least_bytes == 2 * sum(array.nbytes for array in arrays)
+
+
+def test_repetition_on_a_device_computes_the_function_each_time():
+    calls = []
+
+    def counted(x):
+        jax.debug.callback(lambda: calls.append(1))
+        return 2 * x
+
+    repeated = repeated_on_device(counted, (jnp.ones(3),))
+    assert repeated(5).tolist() == [2, 2, 2]
+    jax.effects_barrier()
+    assert len(calls) == 5
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path):

@@ -15,7 +15,7 @@ TESTS = Path(__file__).parent
 WORKER = TESTS / "two_processes_worker.py"
 ENVIRONMENT = {
     **os.environ,
-    "PYTHONPATH": str(TESTS.parent),
+    "PYTHONPATH": str(TESTS.parents[1]),
     "JAX_PLATFORMS": "cpu",
     "JAX_NUMPY_DTYPE_PROMOTION": "strict",
     "JAX_NUMPY_RANK_PROMOTION": "raise",

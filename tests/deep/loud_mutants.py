@@ -1,0 +1,501 @@
+"""Ways to break the package that an exception or a shape may show, too."""
+
+import contextlib
+import functools
+import itertools
+import types
+
+import jax
+import jax.numpy as jnp
+import mutants
+from mutants import (
+    FAN,
+    FSDP,
+    GRADIENTS,
+    HINT,
+    completed_otherwise,
+    replace,
+    replace_forward_rule,
+    replace_in_library,
+    with_perturbed,
+)
+
+from jaxlinear import (
+    _arguments,
+    _cpu,
+    _formulas,
+    _linear,
+    _parameters,
+    _plain,
+    _sharding,
+)
+from jaxlinear.inspect import _accuracy, _hlo
+
+MUTANTS = {}
+mutant = functools.partial(mutants.mutant, mutants=MUTANTS)
+
+
+# The formulas.
+
+
+@mutant("bias gradient summed over the first axis alone", GRADIENTS)
+def _():
+    def summed(right):
+        return lambda G, B_type: right(G[:, 0] if G.ndim > 2 else G, B_type)
+
+    replace(_formulas, "bias_gradient", summed)
+
+
+@mutant("weight gradient transposed", GRADIENTS)
+def _():
+    def transposed(right):
+        return lambda *a: right(*a).T.reshape(a[0].shape[-1], a[1].shape[-1])
+
+    replace(_formulas, "weight_gradient", transposed)
+
+
+@mutant("input gradient of the transposed weight", GRADIENTS)
+def _():
+    def transposed(right):
+        return lambda G, W, *a: right(G, W.T.reshape(W.shape), *a)
+
+    replace(_formulas, "input_gradient", transposed)
+
+
+@mutant("conjugated weight gradient", GRADIENTS)
+def _():
+    replace(
+        _formulas,
+        "weight_gradient",
+        lambda right: lambda G, X, *a: right(G, X.conj(), *a),
+    )
+
+
+@mutant(
+    "weight gradient left in the accumulator's dtype",
+    "test_transformations.py::test_gradient_through_a_scan_that_carries_a_bfloat16_weight",
+)
+def _():
+    replace(_formulas, "round_to", lambda right: lambda dtype, cotangent: cotangent)
+
+
+@mutant(
+    "complex gradient of a real argument",
+    "test_values.py::test_each_gradient_has_the_dtype_of_its_argument_and_is_rounded_to_it_once",
+)
+def _():
+    def unprojected(right):
+        return lambda dtype, a: a if jnp.iscomplexobj(a) else right(dtype, a)
+
+    replace(_formulas, "round_to", unprojected)
+
+
+# What was asked of a product.
+
+
+@mutant(
+    "gradients with the operands of each other",
+    "test_products.py::test_every_product_is_rounded_once_from_operands_of_its_own_dtype",
+)
+def _():
+    def swapped(forward, first, second):
+        first_ = first._replace(dtype=second.dtype)
+        return forward, first_, second._replace(dtype=first.dtype)
+
+    completed_otherwise(swapped)
+
+
+@mutant(
+    "the default precision of the backward pass",
+    "test_products.py::test_default_precision_is_that_under_which_the_call_is_made",
+)
+def _():
+    replace(_arguments, "_default_precision", lambda right: lambda: None)
+
+
+@mutant(
+    "backward products of the operands of the forward product",
+    "test_products.py::test_gradients_that_float16_flushes_to_zero_survive_in_bfloat16",
+)
+def _():
+    def of_rounded(rule):
+        def forward(x, weight, bias, products, *types_):
+            def rounded(primal):
+                value = primal.value.astype(products.forward.operand_dtype)
+                return types.SimpleNamespace(value=value, perturbed=primal.perturbed)
+
+            return rule(rounded(x), rounded(weight), bias, products, *types_)
+
+        return forward
+
+    replace_forward_rule(of_rounded)
+
+
+@mutant("the hint of the other gradient", HINT)
+def _():
+    names = {"grad_x": "grad_y", "grad_y": "grad_x", "": ""}
+
+    def swapped(right):
+        return lambda *a, hint="": right(*a, hint=names[hint])
+
+    replace(_formulas, "multiply", swapped)
+
+
+@mutant(
+    "a bias added in float32 on GPUs",
+    "test_products.py::test_accelerators_multiply_in_bfloat16_and_round_where_it_is_free",
+)
+def _():
+    def without_gpus(right):
+        return lambda *a, cuda=None, rocm=None, **platforms: right(*a, **platforms)
+
+    replace_in_library(_formulas, "lax", platform_dependent=without_gpus)
+
+
+# What is kept for the backward pass.
+
+
+KEPT = "test_residuals.py::test_each_operand_is_kept_in_the_compute_dtype_if_the_other_is_differentiated"
+
+
+@mutant("operands swapped in the residuals", KEPT)
+def _():
+    with_perturbed(lambda of_x, of_weight: (of_weight, of_x))
+
+
+@mutant("the input kept as it came", KEPT)
+def _():
+    def unrounded(rule):
+        def forward(x, weight, *rest):
+            Y, (_, kept_W) = rule(x, weight, *rest)
+            return Y, (x.value if weight.perturbed else _linear._not_kept(), kept_W)
+
+        return forward
+
+    replace_forward_rule(unrounded)
+
+
+@mutant("operands cast again for the backward pass", FSDP)
+def _():
+    def cast_again(rule):
+        def forward(x, weight, bias, products, *rest):
+            Y, _ = rule(x, weight, bias, products, *rest)
+            X = x.value.astype(products.weight_grad.operand_dtype)
+            return Y, (X, weight.value.astype(products.input_grad.operand_dtype))
+
+        return forward
+
+    replace_forward_rule(cast_again)
+
+
+@mutant("residuals of different structures", "test_caching.py")
+def _():
+    replace(_linear, "_not_kept", lambda right: lambda: None)
+    replace(_linear, "_is_kept", lambda right: lambda residual: residual is not None)
+
+
+# Forms on CPU.
+
+
+TRANSPOSED = "test_cpu_forms.py::test_transposed_gradients_in_mixed_precision"
+
+
+@mutant("bfloat16 operands of a product that JAX maps", TRANSPOSED)
+def _():
+    def without_barriers(form):
+        def general(a, b):
+            library = _cpu.lax
+            replace_in_library(
+                _cpu, "lax", optimization_barrier=lambda right: lambda a: a
+            )
+            try:
+                return form(a, b)
+            finally:
+                _cpu.lax = library
+
+        return general
+
+    def bare(right):
+        return lambda form, general: right(form, without_barriers(form))
+
+    replace(_cpu, "_where_alone", bare)
+
+
+def without_barriers_of(dtype):
+    def barrier(right):
+        return lambda a: a if a.dtype == dtype else right(a)
+
+    replace_in_library(_cpu, "lax", optimization_barrier=barrier)
+
+
+@mutant("no barrier behind a float32 product", TRANSPOSED)
+def _():
+    without_barriers_of("float32")
+
+
+@mutant(
+    "no barrier before a float32 product",
+    "test_cpu_forms.py::test_a_transposed_operand_that_is_cast_in_another_function",
+)
+def _():
+    without_barriers_of("bfloat16")
+
+
+@mutant(
+    "a barrier before an operand that is gathered",
+    "test_collectives.py::test_collectives_are_those_of_the_naive_formula[AxisType.Explicit-sequence-mixed]",
+)
+def _():
+    replace(_cpu, "_has_gathered_rows", lambda right: lambda *a: False)
+
+
+WIDE_WEIGHT = "test_cpu_forms.py::test_weight_gradient_of_many_more_outputs_than_inputs"
+
+
+@mutant("the product of swapped operands not transposed back", WIDE_WEIGHT)
+def _():
+    def untransposed(right):
+        def form(a, b, dtype, axes, *rest):
+            found, shape = right(a, b, dtype, axes, *rest), (a.shape[-1], b.shape[-1])
+            is_weight_gradient = a.ndim - 1 not in axes[0]
+            if is_weight_gradient and shape[0] < shape[1]:  # Of swapped operands.
+                return lambda a, b: found(a, b).T.reshape(shape)
+            return found
+
+        return form
+
+    replace(_cpu, "_low_form", untransposed)
+
+
+@mutant("rows of one operand flattened in another order", WIDE_WEIGHT)
+def _():
+    calls = itertools.count()
+    replace(
+        _cpu, "_rows", lambda right: lambda a: right(a[::-1] if next(calls) % 2 else a)
+    )
+
+
+@mutant(
+    "one long sum at one row",
+    "test_accuracy.py::test_input_gradient_of_one_row_is_not_one_long_sum",
+)
+def _():
+    replace(_cpu, "_is_long_sum_of_one_row", lambda right: lambda *a: False)
+
+
+@mutant(
+    "a form that does not look for empty axes",
+    "test_cpu_forms.py::test_no_form_fails_where_an_axis_is_empty",
+)
+def _():
+    def unchecked(right):
+        def cpu_form(a, b, axes, product, sharding):
+            if _cpu._is_long_sum_of_one_row(a, b, axes):
+                return lambda a, b: _cpu._sum_in_blocks(a, b, product.precision)
+            return right(a, b, axes, product, sharding)
+
+        return cpu_form
+
+    replace(_cpu, "cpu_form", unchecked)
+
+
+@mutant(
+    "products without a precision on CPU",
+    "test_products.py::test_second_derivatives_have_the_precision_of_the_product_they_come_from",
+)
+def _():
+    def without(right):
+        return lambda *a, precision=None, **options: right(*a, **options)
+
+    replace_in_library(_cpu, "lax", dot_general=without)
+
+
+@mutant("an algorithm of low precision as JAX lowers it", TRANSPOSED)
+def _():
+    replace(_cpu, "_ALGORITHMS", lambda right: {})
+
+
+# Several devices.
+
+
+@mutant(
+    "operands that vary over different manual axes",
+    "test_table.py::test_the_layer_passes[shard_map_data_parallel]",
+)
+def _():
+    replace(_sharding, "vary_together", lambda right: lambda *operands: operands)
+
+
+@mutant(
+    "cotangents without a sharding",
+    "test_table.py::test_the_layer_passes[explicit_sharding_data_parallel]",
+)
+def _():
+    def unsharded(right):
+        return lambda a: None if a is None else right(a)._replace(sharding=None)
+
+    replace(_sharding, "cotangent_type", unsharded)
+
+
+@mutant(
+    "arrays made before the mesh forgotten",
+    "test_sharding.py::test_explicit_mesh_accepts_parameters_made_before_the_mesh_was_set",
+)
+def _():
+    def forgotten(right):
+        def cotangent_type(primal):
+            is_old = primal is not None and jax.typeof(primal).sharding.mesh.empty
+            found = right(primal)
+            return found._replace(sharding=None) if is_old else found
+
+        return cotangent_type
+
+    replace(_sharding, "cotangent_type", forgotten)
+
+
+# Arguments.
+
+
+@mutant("shapes that are not checked", "test_arguments.py")
+def _():
+    replace(_arguments, "check_shapes", lambda right: lambda *a: None)
+
+
+@mutant(
+    "integers promoted to floats",
+    "test_arguments.py::test_where_all_arguments_are_integers_so_is_the_result",
+)
+def _():
+    def promoted(right):
+        def compute_dtype(*a):
+            found = right(*a)
+            return found if jnp.issubdtype(found, jnp.inexact) else jnp.dtype("float32")
+
+        return compute_dtype
+
+    replace(_arguments, "compute_dtype", promoted)
+
+
+@mutant(
+    "arrays of other libraries as they came",
+    "test_arguments.py::test_whatever_jax_numpy_takes_for_an_array_is_one",
+)
+def _():
+    replace(_arguments, "checked_arrays", lambda right: lambda *arrays: arrays)
+
+
+@mutant(
+    "parameters of any dtype",
+    "test_module_arguments.py::test_bad_arguments_are_refused_by_name",
+)
+def _():
+    replace(
+        _arguments,
+        "checked_param_dtype",
+        lambda right: lambda dtype: _arguments.checked_dtype("param_dtype", dtype),
+    )
+
+
+# Parameters.
+
+
+@mutant("a kernel drawn with the shape of the weight", FAN)
+def _():
+    def drawn(right):
+        return lambda init, finish, key, shape, *rest: right(
+            lambda key, shape, dtype: init(key, shape[::-1], dtype).T,
+            finish,
+            key,
+            shape,
+            *rest,
+        )
+
+    replace(_parameters, "created", drawn)
+
+
+@mutant(
+    "names of a kernel's axes for those of the weight",
+    "test_swap.py::test_each_way_to_name_axes_names_those_of_the_kernel",
+)
+def _():
+    replace(_parameters, "swapped_names", lambda right: lambda spec: spec)
+
+
+INSIDE = "test_parameters.py::test_every_value_is_inside_the_bound_in_every_dtype"
+
+
+UNIFORM = "test_parameters.py::test_weight_and_bias_are_uniform"
+
+
+@mutant("initial values rounded beyond the bound", INSIDE)
+def _():
+    replace_in_library(_parameters, "jnp", clip=lambda right: lambda values, *a: values)
+
+
+@mutant("initial values with PyTorch's bound squared", UNIFORM)
+def _():
+    replace_in_library(_parameters, "math", sqrt=lambda right: lambda k: k)
+
+
+@mutant("initial values drawn in the parameter's dtype", UNIFORM)
+def _():
+    def drawn(right):
+        return lambda key, shape, dtype, bound: jax.random.uniform(
+            key, shape, dtype, -bound, bound
+        )
+
+    replace(_parameters, "_draw", drawn)
+
+
+# The switch, the name, and what reads programs.
+
+
+@mutant(
+    "jitted inside the switch",
+    "test_plain_autodiff.py::test_inside_a_float32_layer_is_one_product_and_one_sum",
+)
+def _():
+    replace(_linear, "_apply", lambda right: _linear._apply_jitted)
+
+
+@mutant("a switch that does nothing", "test_table.py::test_the_layer_passes[jvp]")
+def _():
+    replace(_plain, "in_plain_autodiff", lambda right: lambda: False)
+
+
+@mutant(
+    "a switch that stays on",
+    "test_plain_autodiff.py::test_it_is_off_again_after_the_block_nested_blocks_and_exceptions",
+)
+def _():
+    @contextlib.contextmanager
+    def on():
+        _plain._in_plain_autodiff(True).__enter__()
+        yield
+
+    replace(_plain, "plain_autodiff", lambda right: on)
+
+
+@mutant(
+    "output without its name",
+    "test_remat.py::test_our_policy_saves_the_outputs_and_no_forward_product_runs_again",
+)
+def _():
+    replace(_linear, "checkpoint_name", lambda right: lambda Y, name: Y)
+
+
+@mutant(
+    "a collective counted as often as XLA repeats it",
+    "test_explain.py::test_programs_for_tpus_are_read",
+)
+def _():
+    replace(_hlo, "collectives", lambda right: lambda p: [i for i in p if i.collective])
+
+
+@mutant(
+    "a check of accuracy that never fails",
+    "test_accuracy_check.py::test_not_a_number_is_not_explained",
+)
+def _():
+    is_explained = property(lambda self: not self.error > self.explained)
+    _accuracy.Measurement.is_explained = is_explained
