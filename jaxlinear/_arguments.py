@@ -363,17 +363,21 @@ def check_bound(bound, limit):
 _IN_THE_PLACE_OF = {
     "dot_general": "`products` says how each product is computed; a library that"
     " replaces `jax.lax.dot_general` finds it inside `jaxlinear.plain_autodiff()`",
-    "dot_general_cls": "see `dot_general`",
+    "dot_general_cls": "as for `dot_general`",
     "promote_dtype": "`dtype` and `products` say to what the operands are cast",
     "preferred_element_type": "say it of a product, as in"
     " `products=Products(forward=Product(preferred_element_type=...))`",
-    "weight_init": "`kernel_init` draws the transposed weight (in, out), as in Flax",
-    "weight_metadata": "`kernel_metadata` names the axes (in, out), as in Flax",
 }
 
 
 def refuse_others(arguments):
-    """Refuse arguments that a module does not have, with what is in their place."""
-    for name in arguments:
-        known = f": {_IN_THE_PLACE_OF[name]}" if name in _IN_THE_PLACE_OF else ""
-        raise TypeError(f"unexpected argument `{name}`{known}")
+    """Refuse arguments that a module does not have, with what is in their place.
+
+    None, which is Flax's default for most of them, asks for nothing.
+    """
+    for name, value in arguments.items():
+        if name not in _IN_THE_PLACE_OF:
+            raise TypeError(f"unexpected argument `{name}`")
+        if value is not None:
+            message = f"unexpected argument `{name}`: {_IN_THE_PLACE_OF[name]}"
+            raise TypeError(message)

@@ -23,9 +23,9 @@ def plain_autodiff() -> Iterator[None]:
 
     What is computed is then what the naive formula computes: Y is rounded before the
     bias is added and again afterwards, and parameter gradients have the accuracy of the
-    compute dtype. The gradients are computed in the dtype and the precision of the
-    forward product; ``reduce_dtype`` and ``backward_dtype`` are checked and not used.
-    The result has no checkpoint name, which JAX cannot transpose.
+    compute dtype. All three products have operands of ``dtype`` and the precision of
+    the forward product; what else ``products`` asks for is checked and not used. The
+    result has no checkpoint name, which JAX cannot transpose.
 
     The setting belongs to the thread and to the call: functions returned by
     ``jax.vjp``, ``jax.linearize`` or ``jax.jit(f).lower(...).compile()`` keep the one

@@ -95,7 +95,7 @@ class Linear(nn.Module):
 
     def __post_init__(self):
         others = "promote_dtype", "dot_general", "dot_general_cls"
-        refuse_others([name for name in others if getattr(self, name) is not None])
+        refuse_others({name: getattr(self, name) for name in others})
         checked_features("features", self.features)
         checked_param_dtype(self.param_dtype)
         dtype = checked_optional_dtype("dtype", self.dtype)

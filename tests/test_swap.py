@@ -380,6 +380,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_has_no_place_here_is_refused_with_what_takes_its_place(name):
     value, message = REFUSED[name]
+    jaxlinear.nnx.Linear(3, 4, rngs=nnx.Rngs(0), **{name: None})  # Asks for nothing.
     options = {name: value}
     message = f"^unexpected argument `{name}`: {message}"
     with pytest.raises(TypeError, match=message):
