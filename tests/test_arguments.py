@@ -24,64 +24,55 @@ def own(**fields):
 
 PREFERRED = "`products.weight_grad.preferred_element_type` must be"
 DTYPE = "`products.weight_grad.dtype` must be"
-# name: arguments, options, error and message
+# name: arguments, options if there are any, error and message
 REFUSED = {
     "scalar x": (
         (1.0, W, B),
-        {},
         ValueError,
         "`x` must have at least one axis, (*, in), got a scalar",
     ),
     "weight vector": (
         (X, W[0], B),
-        {},
         ValueError,
         "`weight` must be a matrix (out, in), got shape (3,)",
     ),
     "weight of three axes": (
         (X, W[None], B),
-        {},
         ValueError,
         "`weight` must be a matrix (out, in), got shape (1, 4, 3)",
     ),
     "other in_features": (
         (X.T, W, B),
-        {},
         ValueError,
         "`x` must have 3 elements along its last axis, as `weight` of shape (4, 3)"
         " does, got shape (3, 2)",
     ),
     "bias of one element": (
         (X, W, B[:1]),
-        {},
         ValueError,
         "`bias` must have shape (4,), one element for each row of `weight`,"
         " got shape (1,)",
     ),
     "bias matrix": (
         (X, W, B[None]),
-        {},
         ValueError,
         "`bias` must have shape (4,), one element for each row of `weight`,"
         " got shape (1, 4)",
     ),
     "scalar bias": (
         (X, W, 0.5),
-        {},
         ValueError,
         "`bias` must have shape (4,), one element for each row of `weight`,"
         " got shape ()",
     ),
     "list": (
         ([[1.0, 2.0, 3.0]], W, B),
-        {},
         TypeError,
         "`x` must be an array, got list",
     ),
     "string": ((X, "weight", B), {}, TypeError, "`weight` must be an array, got str"),
     "function": (
         (X, jnp.ones, B),
-        {},
         TypeError,
         "`weight` must be an array, got function",
     ),
@@ -93,26 +84,22 @@ REFUSED = {
     ),
     "bias tuple": (
         (X, W, (1.0,) * 4),
-        {},
         TypeError,
         "`bias` must be an array, got tuple",
     ),
     "sparse x": (
         (sparse.BCOO.fromdense(X), W, B),
-        {},
         TypeError,
         "`x` must be an array, got BCOO, which is sparse: pass its `todense()`",
     ),
     "box": (
         (X, flax_linen.Partitioned(W, ("out", "in")), B),
-        {},
         TypeError,
         "`weight` must be an array, got Partitioned, which is a box: pass what"
         " `flax.linen.unbox` takes out of it",
     ),
     "random keys": (
         (X, W, jax.random.split(jax.random.key(0), 4)),
-        {},
         TypeError,
         "`bias` must hold numbers, got dtype key<fry>",
     ),
@@ -262,7 +249,8 @@ REFUSED = {
 
 @pytest.mark.parametrize("call", REFUSED.values(), ids=REFUSED)
 def test_bad_arguments_are_refused_by_name(call):
-    arguments, options, error, message = call
+    arguments, *options, error, message = call
+    options = options[0] if options else {}
 
     def refused(layer):
         with pytest.raises(error, match=f"^{re.escape(message)}(\\n|$)") as refusal:

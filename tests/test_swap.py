@@ -99,6 +99,7 @@ class NNXModel(nnx.Module):
             in_features=EMBED,
             out_features=VOCABULARY,
             bias_init=nnx.initializers.normal(),
+            bias_metadata={"out_sharding": ("model",)},
             kernel_init=nnx.initializers.lecun_normal(),
             rngs=rngs,
         )

@@ -494,7 +494,7 @@ def _():
 
 @mutant(
     "a check of accuracy that never fails",
-    "test_accuracy_check.py::test_not_a_number_is_not_explained",
+    "deep/test_accuracy_check.py::test_not_a_number_is_not_explained",
 )
 def _():
     is_explained = property(lambda self: not self.error > self.explained)

@@ -1,4 +1,7 @@
-"""PyTorch's linear layer itself."""
+"""PyTorch's linear layer: its recorded results, and the layer where installed."""
+
+import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +20,54 @@ from jaxlinear import linear
 from jaxlinear._parameters import uniform
 from jaxlinear.nnx import Linear
 
-torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "pytorch_linear.npz"
+DTYPES = ["float16", "bfloat16", "float32", "float64", "complex64", "complex128"]
+
+
+@functools.cache
+def golden():
+    """{(dtype, sample): {name: array}}, in float64 or complex128."""
+    samples = {}
+    with np.load(GOLDEN) as arrays:
+        for key in arrays.files:
+            if "/" in key:
+                dtype, sample, name = key.split("/")
+                samples.setdefault((dtype, int(sample)), {})[name] = arrays[key]
+    return samples
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sample", range(18))
+def test_output_and_gradients_are_those_that_pytorch_recorded(dtype, sample):
+    recorded = golden()[dtype, sample]
+    with jax.enable_x64(dtype in ("float64", "complex128")):
+        x, weight, bias, cotangent = (
+            jnp.asarray(recorded[name], dtype) if name in recorded else None
+            for name in ("x", "weight", "bias", "cotangent")
+        )
+        if dtype.startswith("complex"):
+            # PyTorch's gradient is the conjugate of JAX's, for the conjugate cotangent.
+            cotangent = cotangent.conj()
+        results = output_and_gradients(linear, x, weight, bias, cotangent)
+    # The inputs are eighths below 2: a product and its few sums are exact in float32.
+    unit = float(jnp.finfo(dtype).eps)
+    names = "y", "grad_x", "grad_weight", "grad_bias"
+    for name, actual in zip(names, results, strict=True):
+        if name in recorded:
+            expected = recorded[name]
+            if name != "y":
+                expected = expected.conj()
+            assert actual.dtype == dtype
+            np.testing.assert_allclose(wide(actual), expected, rtol=unit, atol=unit)
+        else:
+            assert bias is None
+            assert actual is None
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("leading", [(), (7,), (2, 3, 4)], ids=str)
 def test_output_and_gradients_are_those_of_pytorch_live(dtype, leading):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     layer = torch.nn.Linear(64, 48, dtype=getattr(torch, dtype))
     with jax.enable_x64(dtype == "float64"):
         x, weight, bias, cotangent = random_problem(leading, 64, 48, dtype)
@@ -53,6 +98,7 @@ def test_output_and_gradients_are_those_of_pytorch_live(dtype, leading):
 
 
 def test_a_pytorch_state_dict_loads_as_it_is():
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     theirs = torch.nn.Linear(5, 3)
     ours = Linear(5, 3, rngs=nnx.Rngs(0))
     nnx.update(
@@ -64,6 +110,7 @@ def test_a_pytorch_state_dict_loads_as_it_is():
 
 
 def test_initial_bound_is_that_of_pytorch():
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     for in_features in (1, 7, 400):
         theirs = torch.nn.Linear(in_features, 20_000)
         ours = uniform(in_features)(jax.random.key(0), (20_000, in_features))
