@@ -131,12 +131,3 @@ def test_no_device_holds_more_than_its_shard_while_a_sharded_weight_is_created()
     assert memory.output_size_in_bytes == whole // 8
     # The draw's temporaries are a few arrays of the size of a shard.
     assert memory.output_size_in_bytes + memory.temp_size_in_bytes < whole * 5 / 8
-
-
-@each_api
-@pytest.mark.parametrize("name", ["kernel_init", "bias_init"])
-def test_initializers_can_be_chosen(parameters, name):
-    values = parameters(3, 4, **{name: jax.nn.initializers.ones})
-    chosen = dict(zip(("kernel_init", "bias_init"), values, strict=True))
-    for key, value in chosen.items():
-        assert (key == name) == bool(jnp.all(value == 1))

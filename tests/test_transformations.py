@@ -1,7 +1,5 @@
 """What the table of transformations (`test_table.py`) does not show."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,9 +62,3 @@ def test_leak_checking_inside_shard_map():
     with jax.check_tracer_leaks(True):
         actual = jax.jit(mapped)(x, weight, bias)
     np.testing.assert_allclose(actual, 2 * naive(x, weight, bias) @ weight, rtol=1e-5)
-
-
-def test_forward_mode_outside_the_switch_is_refused_by_jax():
-    x, weight, _, _ = random_problem((5,), 4, 3, "float32")
-    with pytest.raises(TypeError, match=r"forward-mode autodiff \(jvp\).*custom_vjp"):
-        jax.jvp(functools.partial(linear, x), (weight,), (weight,))

@@ -190,11 +190,3 @@ def test_integer_input_has_no_gradient_and_the_weight_still_has_one():
     grad_x, grad_weight = jax.grad(loss, (0, 1), allow_int=True)(x, weight)
     assert grad_x.dtype == jax.dtypes.float0
     np.testing.assert_array_equal(grad_weight, np.tile([3.0, 5, 7], (4, 1)))
-
-
-def test_numpy_arrays_and_flax_parameters_are_accepted():
-    nnx = pytest.importorskip("flax.nnx")
-    x, weight = np.ones((2, 3), np.float32), np.ones((4, 3), np.float32)
-    expected = np.full((2, 4), 3)
-    np.testing.assert_array_equal(linear(x, weight), expected)
-    np.testing.assert_array_equal(linear(x, nnx.Param(jnp.asarray(weight))), expected)
