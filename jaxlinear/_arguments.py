@@ -257,7 +257,7 @@ def checked_precision(name: str, precision: Any) -> Any:
     raise ValueError(
         f"`{name}` must be a jax.lax.Precision, a jax.lax.DotAlgorithmPreset, the name"
         " of either, or one of these for each operand, got"
-        f" {precision!r}{_similar_precision(precision)}"
+        f" {precision!r:.60}{_similar_precision(precision)}"
     )
 
 
