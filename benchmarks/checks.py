@@ -33,6 +33,11 @@ def roundoff(dtype):
     return float(jnp.finfo(dtype).eps) / 2
 
 
+def operand_roundoff(compute_dtype, platform):
+    """Of a term: each is a product of two operands that the device may have rounded."""
+    return 2 * OPERAND_ROUNDOFF.get(platform, 0) if compute_dtype == "float32" else 0
+
+
 def bound(library, result_dtype, compute_dtype, expected, platform):
     """The largest relative error that rounding explains."""
     exact, magnitude, terms = expected
@@ -44,9 +49,7 @@ def bound(library, result_dtype, compute_dtype, expected, platform):
     else:
         explained = 3 + OTHERS_LAMBDA * math.sqrt(terms / 6)
         explained *= roundoff(compute_dtype)
-    # Each term is a product of two operands that the device may have rounded.
-    operands = OPERAND_ROUNDOFF.get(platform, 0) if compute_dtype == "float32" else 0
-    return explained + 2 * operands
+    return explained + operand_roundoff(compute_dtype, platform)
 
 
 def checked_errors(case, library, results, expected, compute_dtype, platform, flip):

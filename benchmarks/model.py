@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.checks import (
-    OPERAND_ROUNDOFF,
     as_float64,
+    operand_roundoff,
     relative_error,
     require,
     roundoff,
@@ -96,8 +96,8 @@ def bound(gpt, compute_dtype, platform):
     depth = 2 * (10 * gpt.layers + 3)
     longest = max(gpt.rows, gpt.out_features)
     accumulated = longest**0.5 * roundoff("float32")
-    operands = OPERAND_ROUNDOFF.get(platform, 0) if compute_dtype == "float32" else 0
-    return 4 * depth**0.5 * (roundoff(compute_dtype) + accumulated + 2 * operands)
+    rounded = roundoff(compute_dtype) + operand_roundoff(compute_dtype, platform)
+    return 4 * depth**0.5 * (rounded + accumulated)
 
 
 def sgd(loss):

@@ -218,14 +218,15 @@ def completed(products, dtype, x, weight, bias):
     and rounded once more: None, since GPUs and other platforms differ there.
     """
     results = dtype, x.dtype, weight.dtype
+    # The backward pass may be traced under another default.
+    precision = _default_precision()
 
     def complete(name, product, result):
         _check_kinds(f"products.{name}", product, dtype)
         if product.dtype is None:
             product = product._replace(dtype=dtype)
         if product.precision is None:
-            # The backward pass may be traced under another default.
-            product = product._replace(precision=_default_precision())
+            product = product._replace(precision=precision)
         if product.preferred_element_type is not None:
             return product
         own = product.operand_dtype

@@ -63,6 +63,11 @@ def swapped_names(spec):
     return out_axis, in_axis
 
 
+def initializer(chosen, in_features):
+    """``chosen``, or PyTorch's where a module was given None."""
+    return uniform(in_features) if chosen is None else chosen
+
+
 def created(init, finish, key, shape, dtype, sharding):
     """``finish`` of what ``init`` draws, created with ``sharding`` where one is given.
 

@@ -31,7 +31,7 @@ from jaxlinear._arguments import (
     refuse_others,
 )
 from jaxlinear._linear import linear
-from jaxlinear._parameters import bias_sharding, created, swapped_names, uniform
+from jaxlinear._parameters import bias_sharding, created, initializer, swapped_names
 from jaxlinear._product import Products
 
 
@@ -96,12 +96,12 @@ class Linear(nn.Module):
     def __post_init__(self):
         others = "promote_dtype", "dot_general", "dot_general_cls"
         refuse_others({name: getattr(self, name) for name in others})
-        checked_features("features", self.features)
-        checked_param_dtype(self.param_dtype)
-        dtype = checked_optional_dtype("dtype", self.dtype)
-        # A list is kept as a tuple: modules have a hash.
+        # Kept as they were checked, a list as a tuple: modules have a hash.
+        self.features = checked_features("features", self.features)
+        self.dtype = checked_optional_dtype("dtype", self.dtype)
+        self.param_dtype = checked_param_dtype(self.param_dtype)
         self.precision = checked_precision("precision", self.precision)
-        self.products = checked_products(self.products, None, dtype)
+        self.products = checked_products(self.products, None, self.dtype)
         check_initializer("kernel_init", self.kernel_init)
         check_initializer("bias_init", self.bias_init)
         checked_sharding("device", self.device)
@@ -130,17 +130,20 @@ class Linear(nn.Module):
         if weight is not None:
             # Flax would refuse another number of features without naming `x`.
             check_shapes(x, weight, bias=None)
-        in_features, features = x.shape[-1], checked_features("features", self.features)
-        param_dtype = checked_param_dtype(self.param_dtype)
+        in_features, features, param_dtype = (
+            x.shape[-1],
+            self.features,
+            self.param_dtype,
+        )
         sharding = checked_sharding("device", self.device)
 
-        init = uniform(in_features) if self.kernel_init is None else self.kernel_init
+        init = initializer(self.kernel_init, in_features)
         init = functools.partial(created, init, _weight)
         shape = in_features, features
         weight = self.param("weight", init, shape, param_dtype, sharding)
         bias = None
         if self.use_bias:
-            init = uniform(in_features) if self.bias_init is None else self.bias_init
+            init = initializer(self.bias_init, in_features)
             init = functools.partial(created, init, _bias)
             sharding = bias_sharding(sharding)
             bias = self.param("bias", init, (features,), param_dtype, sharding)

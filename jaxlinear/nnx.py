@@ -30,7 +30,7 @@ from jaxlinear._arguments import (
     refuse_others,
 )
 from jaxlinear._linear import linear
-from jaxlinear._parameters import bias_sharding, created, swapped_names, uniform
+from jaxlinear._parameters import bias_sharding, created, initializer, swapped_names
 from jaxlinear._product import Products
 
 
@@ -115,7 +115,7 @@ class Linear(nnx.Module):
         sharding = checked_sharding("device", device)
 
         weight = created(
-            uniform(in_features) if kernel_init is None else kernel_init,
+            initializer(kernel_init, in_features),
             _weight,
             rngs.params(),
             (self.in_features, self.out_features),
@@ -126,7 +126,7 @@ class Linear(nnx.Module):
         self.bias: nnx.Param[jax.Array] | None = nnx.data(None)
         if use_bias:
             bias = created(
-                uniform(in_features) if bias_init is None else bias_init,
+                initializer(bias_init, in_features),
                 _bias,
                 rngs.params(),
                 (self.out_features,),

@@ -23,6 +23,14 @@ def lowered_products(function, *arguments, platform="cpu"):
     return [_product(line) for line in lines if _is_product(line)]
 
 
+def products_by_shape(function, *arguments, platform="cpu"):
+    """The same by their shapes, of which no two are the same."""
+    found = lowered_products(function, *arguments, platform=platform)
+    by_shape = {product.shape: product for product in found}
+    assert len(by_shape) == len(found)
+    return by_shape
+
+
 def products_run(function, *arguments, platform):
     """How many products run: those of a function that is called twice count twice."""
     body = r"func\.func \w+ @(\S+?)\((.*?)\n  }\n"
@@ -35,14 +43,6 @@ def products_run(function, *arguments, platform):
         return own + sum(map(count, called))
 
     return count("main")
-
-
-def products_by_shape(function, *arguments, platform="cpu"):
-    """The same, where no two results have the same shape."""
-    found = lowered_products(function, *arguments, platform=platform)
-    by_shape = {product.shape: product for product in found}
-    assert len(by_shape) == len(found)
-    return by_shape
 
 
 def _lowered(function, arguments, platform):

@@ -100,6 +100,16 @@ def completed_otherwise(change):
     )
 
 
+def swap_of_gradients(field):
+    """Give each gradient's product the field of the other's."""
+
+    def swapped(forward, first, second):
+        first_ = first._replace(**{field: getattr(second, field)})
+        return forward, first_, second._replace(**{field: getattr(first, field)})
+
+    completed_otherwise(swapped)
+
+
 def with_perturbed(change):
     """The forward rule, told another story of what is differentiated."""
 
@@ -172,11 +182,7 @@ def _():
     "test_products.py::test_each_product_has_its_own_precision",
 )
 def _():
-    def swapped(forward, first, second):
-        first_ = first._replace(precision=second.precision)
-        return forward, first_, second._replace(precision=first.precision)
-
-    completed_otherwise(swapped)
+    swap_of_gradients("precision")
 
 
 @mutant("no hint where the precision is an algorithm", HINT)

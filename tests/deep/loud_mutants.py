@@ -13,10 +13,10 @@ from mutants import (
     FSDP,
     GRADIENTS,
     HINT,
-    completed_otherwise,
     replace,
     replace_forward_rule,
     replace_in_library,
+    swap_of_gradients,
     with_perturbed,
 )
 
@@ -98,11 +98,7 @@ def _():
     "test_products.py::test_every_product_is_rounded_once_from_operands_of_its_own_dtype",
 )
 def _():
-    def swapped(forward, first, second):
-        first_ = first._replace(dtype=second.dtype)
-        return forward, first_, second._replace(dtype=first.dtype)
-
-    completed_otherwise(swapped)
+    swap_of_gradients("dtype")
 
 
 @mutant(
