@@ -41,8 +41,9 @@ def forward_product(X, W, B, product, Y_type):
 
 @jax.named_scope("input_gradient")
 def input_gradient(G, W, product, X_type):
-    """∇X = G W."""
-    axes = (G.ndim - 1,), (0,)
+    """∇X = G W. Where W has several output axes, G has them too, as its last ones."""
+    count = W.ndim - 1
+    axes = tuple(range(G.ndim - count, G.ndim)), tuple(range(count))
     grad_X = multiply(G, W, axes, product, X_type.sharding, hint="grad_x")
     return round_to(X_type.dtype, grad_X)
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
@@ -27,10 +28,12 @@ from jaxlinear._formulas import (
     input_gradient,
     weight_gradient,
 )
+from jaxlinear._linear_map import LinearMap, Operand, linear_map
 from jaxlinear._plain import in_plain_autodiff, plain_linear
-from jaxlinear._product import Products
+from jaxlinear._product import Products, accumulator
 from jaxlinear._sharding import (
     ArrayType,
+    broadcast_over_rows,
     cotangent_type,
     is_traced_with_explicit_axes,
     vary_together,
@@ -147,8 +150,8 @@ def _apply(x, weight, bias, *, dtype=None, products=None, out_sharding=None):
         return plain_linear(x, weight, bias, dtype, precision, out_sharding)
     operands = vary_together(x, weight, bias)
     gradient_types = tuple(map(cotangent_type, operands))
-    Y = _linear(*operands, products, ArrayType(dtype, out_sharding), gradient_types)
-    return checkpoint_name(Y, "linear")
+    Y_type = ArrayType(dtype, out_sharding)
+    return _linear_in_every_mode(*operands, products, Y_type, gradient_types)
 
 
 _apply_jitted = jax.jit(_apply, static_argnames=("dtype", "products", "out_sharding"))
@@ -184,32 +187,101 @@ def _linear_forward(x, weight, bias, products, Y_type, gradient_types):
     Y = forward_product(X, W, bias and bias.value, products.forward, Y_type)
     X = X if weight_grad == forward else x.value.astype(weight_grad)
     W = W if input_grad == forward else weight.value.astype(input_grad)
-    kept_X = X if weight.perturbed else _not_kept()
-    kept_W = W if x.perturbed else _not_kept()
-    return Y, (kept_X, kept_W)
+    return Y, (X if weight.perturbed else None, W if x.perturbed else None)
 
 
 def _linear_backward(products, Y_type, gradient_types, residuals, G):
     X, W = residuals
     _, input_grad, weight_grad = products
     X_type, W_type, B_type = gradient_types
-    grad_X = input_gradient(G, W, input_grad, X_type) if _is_kept(W) else None
-    grad_W = weight_gradient(G, X, weight_grad, W_type) if _is_kept(X) else None
-    grad_B = bias_gradient(G, B_type) if B_type else None
+    grad_X = None if W is None else input_gradient(G, W, input_grad, X_type)
+    grad_W = None if X is None else weight_gradient(G, X, weight_grad, W_type)
+    grad_B = None if B_type is None else bias_gradient(G, B_type)
     return grad_X, grad_W, grad_B
 
 
 _linear.defvjp(_linear_forward, _linear_backward, symbolic_zeros=True)
 
 
-# JAX may unpack the residuals of one set of perturbed arguments with the structure of
-# another (see tests/test_caching.py). So the structure is always the same: in the place
-# of an operand that is not kept is an empty array, of a dtype that no operand has.
+# Every other mode. The differential dY = dX Wᵀ + X dWᵀ + dB is linear in the tangents,
+# and its transpose is the rule above; `_linear_map.py` is how JAX is told so. The layer
+# itself is such a map of x and B, which `jax.linear_transpose` can transpose.
 
 
-def _not_kept():
-    return jnp.zeros(0, bool)
+@partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
+def _linear_in_every_mode(x, weight, bias, *statics):
+    layer = _map(_layer, statics)
+    return linear_map(layer, (None, weight, None), (x, None, bias))
 
 
-def _is_kept(residual):
-    return residual.dtype != bool
+@partial(_linear_in_every_mode.defjvp, symbolic_zeros=True)
+def _(products, Y_type, gradient_types, primals, tangents):
+    statics = products, Y_type, gradient_types
+    tangents = tuple(map(_unless_zero, tangents))
+    Y, residuals = _linear_forward(
+        *(
+            primal if primal is None else CustomVJPPrimal(primal, tangent is not None)
+            for primal, tangent in zip(primals, tangents, strict=True)
+        ),
+        *statics,
+    )
+    Y = checkpoint_name(Y, "linear")
+    dX, dW, dB = tangents
+    if dX is None and dW is None and dB is None:
+        return Y, jnp.zeros_like(Y)
+    rows = Y[..., :0] if dX is None and dW is None else None
+    return Y, linear_map(_map(_differential, statics), (*residuals, rows), tangents)
+
+
+def _unless_zero(tangent):
+    is_zero = isinstance(tangent, SymbolicZero) or tangent is None
+    return None if is_zero or tangent.dtype == jax.dtypes.float0 else tangent
+
+
+def _layer(statics, residuals, operands):
+    (_, weight, _), (x, _, bias) = residuals, operands
+    return _linear(x, weight, bias, *statics)
+
+
+def _differential(statics, residuals, tangents):
+    """dY, as the forward product is computed, and rounded once."""
+    (forward, *_), Y_type, _ = statics
+    (X, W, rows), (dX, dW, dB) = residuals, tangents
+    if dX is not None and dW is not None:
+        wide = Y_type._replace(dtype=accumulator(Y_type.dtype))
+        kept = forward._replace(preferred_element_type=accumulator(forward.operand_dtype))
+        dY = forward_product(dX, W, dB, kept, wide)
+        dY += forward_product(X, dW, None, kept, wide)
+        return dY.astype(Y_type.dtype)
+    if dX is not None:
+        return forward_product(dX, W, dB, forward, Y_type)
+    if dW is not None:
+        return forward_product(X, dW, dB, forward, Y_type)
+    return broadcast_over_rows(dB.astype(Y_type.dtype), rows)
+
+
+def _transposed(statics, residuals, G):
+    X, W, _ = residuals
+    return _linear_backward(*statics, (X, W), G)
+
+
+def _map(apply, statics):
+    """A map of residuals (X, W, rows) and operands (X, W, B), or of their tangents.
+
+    The rows are an empty array (*, 0), the leading axes where nothing else has them.
+    """
+    _, _, gradient_types = statics
+    # A sharding names the axes of one number of leading axes.
+    is_sharded = any(t and t.sharding is not None for t in gradient_types)
+    has_rows = not is_sharded
+    return LinearMap(
+        apply,
+        _transposed,
+        operands=(
+            Operand(residual=1, place_in_cotangent=-1),
+            Operand(residual=0),
+            Operand(residual=None),
+        ),
+        leading=((has_rows, False, has_rows), (has_rows, False, False)),
+        statics=statics,
+    )

@@ -39,6 +39,15 @@ def _has_explicit_axes(mesh):
     return AxisType.Explicit in mesh.axis_types
 
 
+def broadcast_over_rows(vector, rows):
+    """``vector`` for each element of the leading axes of ``rows``, (*, 0)."""
+    shape, sharding = (*rows.shape[:-1], *vector.shape), jax.typeof(rows).sharding
+    out_sharding = sharding if _has_explicit_axes(sharding.mesh) else None
+    return lax.broadcast_in_dim(
+        vector, shape, (len(shape) - 1,), out_sharding=out_sharding
+    )
+
+
 def vary_together(*operands):
     """Cast the operands, where not None, to vary over the manual axes of them all.
 
