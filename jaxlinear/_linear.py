@@ -28,7 +28,7 @@ from jaxlinear._formulas import (
     input_gradient,
     weight_gradient,
 )
-from jaxlinear._linear_map import LinearMap, Operand, linear_map
+from jaxlinear._linear_map import LinearMap, Term, linear_map
 from jaxlinear._plain import in_plain_autodiff, plain_linear
 from jaxlinear._product import Products, accumulator
 from jaxlinear._sharding import (
@@ -266,22 +266,13 @@ def _transposed(statics, residuals, G):
 
 
 def _map(apply, statics):
-    """A map of residuals (X, W, rows) and operands (X, W, B), or of their tangents.
+    """A map of the residuals X, W and rows, and of the operands or tangents X, W and B.
 
-    The rows are an empty array (*, 0), the leading axes where nothing else has them.
+    The rows are an empty array (*, 0), which has the leading axes where nothing else has.
     """
     _, _, gradient_types = statics
-    # A sharding names the axes of one number of leading axes.
-    is_sharded = any(t and t.sharding is not None for t in gradient_types)
-    has_rows = not is_sharded
-    return LinearMap(
-        apply,
-        _transposed,
-        operands=(
-            Operand(residual=1, place_in_cotangent=-1),
-            Operand(residual=0),
-            Operand(residual=None),
-        ),
-        leading=((has_rows, False, has_rows), (has_rows, False, False)),
-        statics=statics,
-    )
+    # A sharding is one of so many leading axes, and no more.
+    has_rows = not any(t and t.sharding for t in gradient_types)
+    terms = Term(residual=1, cotangent_axis=-2), Term(residual=0), Term(residual=None)
+    leading = has_rows, False, has_rows, has_rows, False, False
+    return LinearMap(apply, _transposed, terms, leading, statics)

@@ -6,12 +6,23 @@ import inspect
 import jax
 import jax.numpy as jnp
 from oracle import naive, random_problem, relative_error, wide
-from table import batching, forward_mode, programs, reverse_mode, sharding, values
+from table import (
+    batching,
+    forward_mode,
+    memory,
+    programs,
+    reverse_mode,
+    sharding,
+    solvers,
+    values,
+)
 
 TOPICS = {
     "Reverse mode": reverse_mode,
     "Forward mode": forward_mode,
+    "Solvers": solvers,
     "`vmap`": batching,
+    "Memory and operations of `vmap`": memory,
     "Programs": programs,
     "Values and settings": values,
     "Sharding": sharding,
@@ -29,6 +40,7 @@ def rows_of(module):
         if inspect.isfunction(function)
         and function.__module__ == module.__name__
         and not name.startswith("_")
+        and name != "check"
     ]
 
 
@@ -53,6 +65,9 @@ def check(row, name, layer):
     is rounded to its dtype; with bfloat16 operands, each rounded once, a few products
     in a row are good to 8 eps.
     """
+    if row.__module__ == memory.__name__:
+        dtype = "bfloat16" if "bfloat16" in name else None
+        return memory.check(row, layer, functools.partial(naive, dtype=dtype))
     actual = jax.tree.leaves(row(layer, *_arrays()))
     for ours, exact in zip(actual, _expected(row), strict=True):
         eps = float(jnp.finfo(ours.dtype).eps)
