@@ -244,6 +244,7 @@ def _where_alone(form, general):
 
     @differentiable.defjvp
     def _(primals, tangents):
-        return jax.jvp(general, primals, tangents)
+        # The primal is mapped as it is without tangents: JAX expects the same axis.
+        return alone(*primals), jax.jvp(general, primals, tangents)[1]
 
     return differentiable

@@ -30,7 +30,7 @@ def jvp_in_any_of_the_arguments(layer, *arrays):
             every = dict(enumerate(arrays)) | dict(zip(moving, some, strict=True))
             return layer(*(every[k] for k in EVERY))
 
-        some = [arrays[k] for k in moving]
+        some = tuple(arrays[k] for k in moving)
         return jax.jvp(of_some, some, directions(*some))
 
     return [
@@ -55,7 +55,7 @@ def jvp_of_one_axis(layer, x, weight, bias):
 
 def jvp_of_integers(layer, x, weight, bias):
     def of_weight(x, weight):
-        return layer(x, weight).astype("float32")
+        return layer(x, weight, dtype=weight.dtype)
 
     integers = jnp.round(4 * x).astype("int8")
     zeros = jnp.zeros(x.shape, jax.dtypes.float0)
@@ -143,17 +143,12 @@ def jet(layer, *arrays):
     return taylor_series(_curved(layer), arrays, series)
 
 
-def jet_of_grad(layer, *arrays):
-    gradients = jax.grad(lambda *a: jnp.sum(layer(*a).astype("float32") ** 2), EVERY)
-    return taylor_series(gradients, arrays, [[a, a * 0] for a in directions(*arrays)])
-
-
 def jvp_of_vmap_over_every_argument(layer, *arrays):
     def derivative(axes, out_axis):
-        stacked = [
+        stacked = tuple(
             a if axis is None else jnp.stack([a, -a], axis)
             for a, axis in zip(arrays, axes, strict=True)
-        ]
+        )
         mapped = jax.vmap(layer, axes, out_axis)
         return jax.jvp(mapped, stacked, directions(*stacked))
 

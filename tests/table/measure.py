@@ -66,8 +66,7 @@ def check(row, name, layer):
     in a row are good to 8 eps.
     """
     if row.__module__ == memory.__name__:
-        dtype = "bfloat16" if "bfloat16" in name else None
-        return memory.check(row, layer, functools.partial(naive, dtype=dtype))
+        return memory.check(row, layer)
     actual = jax.tree.leaves(row(layer, *_arrays()))
     for ours, exact in zip(actual, _expected(row), strict=True):
         eps = float(jnp.finfo(ours.dtype).eps)

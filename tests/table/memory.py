@@ -1,10 +1,12 @@
 """Rows: temporary memory and operations of compiled programs, where something is mapped.
 
-A row passes where neither is more than the naive formula's.
+A row passes where neither is more than the naive formula's in float32, in which
+products on CPU leave their accumulator.
 """
 
 import jax
 import jax.numpy as jnp
+from oracle import naive
 from table.losses import EVERY
 
 ROWS, IN, OUT, MAPPED = 16, 128, 256, 32
@@ -101,9 +103,9 @@ def _costs(row, layer):
     return memory.temp_size_in_bytes, cost["flops"]
 
 
-def check(row, layer, reference):
-    """Raise an AssertionError if the layer costs more than the reference."""
-    ours, limits = _costs(row, layer), _costs(row, reference)
+def check(row, layer):
+    """Raise an AssertionError if the layer costs more than the naive formula."""
+    ours, limits = _costs(row, layer), _costs(row, naive)
     for name, cost, limit in zip(("bytes", "operations"), ours, limits, strict=True):
         # A few bytes are those of alignment, and a few operations those of a cast.
         assert cost <= 1.02 * limit + 4096, f"{cost / limit:.0f} times the {name}"
