@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
+from jax.custom_derivatives import CustomVJPPrimal
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
@@ -203,39 +203,27 @@ def _linear_backward(products, Y_type, gradient_types, residuals, G):
 _linear.defvjp(_linear_forward, _linear_backward, symbolic_zeros=True)
 
 
-# Every other mode. The differential dY = dX Wᵀ + X dWᵀ + dB is linear in the tangents,
-# and its transpose is the rule above; `_linear_map.py` is how JAX is told so. The layer
-# itself is such a map of x and B, which `jax.linear_transpose` can transpose.
+# Every mode. The layer is a linear map of x and B, which can be transposed. Its
+# differential dY = dX Wᵀ + X dWᵀ + dB is one of the tangents, and that one's transpose
+# is the rule above. `_linear_map.py` is how JAX is told so.
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
 def _linear_in_every_mode(x, weight, bias, *statics):
-    layer = _map(_layer, statics)
+    layer = _map(_layer, statics, _derivative)
     return linear_map(layer, (None, weight, None), (x, None, bias))
 
 
-@partial(_linear_in_every_mode.defjvp, symbolic_zeros=True)
-def _(products, Y_type, gradient_types, primals, tangents):
-    statics = products, Y_type, gradient_types
-    tangents = tuple(map(_unless_zero, tangents))
+def _derivative(statics, primals, tangents):
+    (_, weight, _, x, _, bias), (_, dW, _, dX, _, dB) = primals, tangents
     Y, residuals = _linear_forward(
-        *(
-            primal if primal is None else CustomVJPPrimal(primal, tangent is not None)
-            for primal, tangent in zip(primals, tangents, strict=True)
-        ),
+        CustomVJPPrimal(x, dX is not None),
+        CustomVJPPrimal(weight, dW is not None),
+        bias if bias is None else CustomVJPPrimal(bias, dB is not None),
         *statics,
     )
     Y = checkpoint_name(Y, "linear")
-    dX, dW, dB = tangents
-    if dX is None and dW is None and dB is None:
-        return Y, jnp.zeros_like(Y)
     rows = Y[..., :0] if dX is None and dW is None else None
-    return Y, linear_map(_map(_differential, statics), (*residuals, rows), tangents)
-
-
-def _unless_zero(tangent):
-    is_zero = isinstance(tangent, SymbolicZero) or tangent is None
-    return None if is_zero or tangent.dtype == jax.dtypes.float0 else tangent
+    return Y, linear_map(_map(_differential, statics), (*residuals, rows), (dX, dW, dB))
 
 
 def _layer(statics, residuals, operands):
@@ -265,7 +253,7 @@ def _transposed(statics, residuals, G):
     return _linear_backward(*statics, (X, W), G)
 
 
-def _map(apply, statics):
+def _map(apply, statics, derivative=None):
     """A map of the residuals X, W and rows, and of the operands or tangents X, W and B.
 
     The rows are an empty array (*, 0), which has the leading axes where nothing else has.
@@ -275,4 +263,4 @@ def _map(apply, statics):
     has_rows = not any(t and t.sharding for t in gradient_types)
     terms = Term(residual=1, cotangent_axis=-2), Term(residual=0), Term(residual=None)
     leading = has_rows, False, has_rows, has_rows, False, False
-    return LinearMap(apply, _transposed, terms, leading, statics)
+    return LinearMap(apply, _transposed, terms, leading, statics, derivative)

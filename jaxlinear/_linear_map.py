@@ -3,15 +3,15 @@
 JAX differentiates forward, and transposes that for reverse mode. `jax.custom_vjp` puts a
 rule in the place of both, and so has no forward mode; `jax.custom_jvp` has it, but no
 rule for reverse mode. What is missing is a tangent that carries its transpose.
-`jax.custom_derivatives.linear_call` is one, but `jax.vmap` does not know it. With ours,
+`jax.custom_derivatives.linear_call` is one, but `jax.vmap` does not know it. With ours
+an op is differentiable in every mode if its derivative is
 
-    @partial(op.defjvp, symbolic_zeros=True)      op is a `jax.custom_jvp`
-    def _(primals, tangents):
-        Y, residuals = forward_rule(*primals)
-        return Y, linear_map(kind, residuals, tangents)
+    Y, residuals = forward_rule(*primals)
+    dY = linear_map(differential, residuals, tangents)
 
-has every mode: forward mode evaluates ``kind.apply``, and reverse mode runs
-``kind.transpose``, the backward rule. Nothing is stored but the residuals.
+Forward mode evaluates ``differential.apply``, and reverse mode runs its ``transpose``,
+the backward rule. Nothing is stored but the residuals. An op that is linear in some
+arguments is such a map itself, with that derivative, and can be transposed, too.
 
 JAX knows a primitive by its rules. The four are below, each with what it does.
 """
@@ -48,6 +48,7 @@ class LinearMap(NamedTuple):
     terms: tuple[Term, ...]
     leading: tuple[bool, ...]  # of residuals, operands: with the result's leading axes?
     statics: Hashable
+    derivative: Callable | None = None  # of statics, primals, tangents or None: Y and dY
 
 
 class Level(NamedTuple):
@@ -97,27 +98,43 @@ linear_map_p.def_abstract_eval(lambda *a, **p: _apply.trace(*a, **p).jaxpr.out_a
 mlir.register_lowering(linear_map_p, mlir.lower_fun(_apply, multiple_results=False))
 
 
-# 2. The derivative: the same map of the operands' tangents, which keeps the transpose,
-# and what JAX makes of ``apply`` for those of residuals.
+# 2. The derivative: the map's own, if it has one. Else that of a product: the same map of
+# the operands' tangents, which keeps the transpose, and what JAX makes of ``apply`` for
+# those of residuals.
 
 
 def _jvp(primals, tangents, *, kind, slots, levels):
-    params = {"kind": kind, "slots": slots, "levels": levels}
     moving = {k: t for k, t in enumerate(tangents) if type(t) is not ad.Zero}
-    count = len(jax.tree.leaves(split(kind, slots, slots)[0]))
-    residuals = {k: t for k, t in moving.items() if k < count}
+    moving = {k: t for k, t in moving.items() if t.dtype != jax.dtypes.float0}
 
-    def of(residuals):
-        arguments = [residuals.get(k, p) for k, p in enumerate(primals)]
-        return _apply(*arguments, **params)
+    def own(primals, moving):
+        tangents = [moving.get(k) for k in range(len(slots))]
+        both = [sum(split(kind, slots, a), []) for a in (primals, tangents)]
+        return kind.derivative(kind.statics, *both)
 
-    dY = []
-    if len(moving) > len(residuals):
-        operands = map(ad.instantiate_zeros, tangents[count:])
-        dY += [linear_map_p.bind(*primals[:count], *operands, **params)]
-    if residuals:
-        dY += [jax.jvp(of, ({k: primals[k] for k in residuals},), (residuals,))[1]]
-    return linear_map_p.bind(*primals, **params), sum(dY[1:], dY[0])
+    def of_product(primals, moving):
+        params = {"kind": kind, "slots": slots, "levels": levels}
+        count = len(jax.tree.leaves(split(kind, slots, slots)[0]))
+        residuals = {k: t for k, t in moving.items() if k < count}
+
+        def of(residuals):
+            arguments = [residuals.get(k, p) for k, p in enumerate(primals)]
+            return _apply(*arguments, **params)
+
+        dY = []
+        if len(moving) > len(residuals):
+            operands = map(ad.instantiate_zeros, tangents[count:])
+            dY += [linear_map_p.bind(*primals[:count], *operands, **params)]
+        if residuals:
+            dY += [jax.jvp(of, ({k: primals[k] for k in residuals},), (residuals,))[1]]
+        return linear_map_p.bind(*primals, **params), sum(dY[1:], dY[0])
+
+    if kind.derivative is None:
+        return of_product(primals, moving)
+    for level in levels:
+        axes = [level.axes[slot] for slot in slots]
+        own = level.mapped(own, (axes, {k: axes[k] for k in moving}))
+    return own(list(primals), moving)
 
 
 ad.primitive_jvps[linear_map_p] = _jvp

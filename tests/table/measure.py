@@ -31,6 +31,10 @@ TOPICS = {
 
 # There is no complex bfloat16.
 NOT_APPLICABLE = {("complex_numbers", "`linear`, bfloat16")}
+# On CPU a product of bfloat16 leaves in float32, whether it is mapped or not.
+NOT_APPLICABLE |= {
+    (row, "`linear`, bfloat16") for row, function in vars(memory).items()
+}
 
 
 def rows_of(module):
