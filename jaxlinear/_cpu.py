@@ -245,6 +245,6 @@ def _where_alone(form, general):
     @differentiable.defjvp
     def _(primals, tangents):
         # The primal is mapped as it is without tangents: JAX expects the same axis.
-        return alone(*primals), jax.jvp(general, primals, tangents)[1]
+        return differentiable(*primals), jax.jvp(general, primals, tangents)[1]
 
     return differentiable
