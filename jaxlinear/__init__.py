@@ -3,7 +3,7 @@
 from importlib import import_module as _import_module
 from importlib.metadata import version as _version
 
-import jaxlinear._jet
+from jaxlinear import _jet as _jet
 from jaxlinear._linear import linear as linear
 from jaxlinear._linear import save_linear_outputs as save_linear_outputs
 from jaxlinear._plain import plain_autodiff as plain_autodiff

@@ -1,7 +1,5 @@
 """Taylor series through the layer: a rule for `jax.experimental.jet`."""
 
-from math import comb
-
 import jax.numpy as jnp
 from jax.experimental.jet import jet_rules
 
@@ -9,22 +7,22 @@ from jaxlinear._linear_map import linear_map_p, split
 
 
 def _jet(primals, series, *, kind, slots, levels):
-    """Leibniz' rule for the derivatives of a sum of products."""
+    """The series of a product: each term is a sum of those before it."""
     arguments = [[p, *s] for p, s in zip(primals, series, strict=True)]
     residual_slots, operand_slots = split(kind, slots, slots)
     # An operand that is multiplied by no residual stands beside the value of one only.
     alone = [s for s, t in zip(operand_slots, kind.terms, strict=True) if t.residual is None]
 
     def term(i, j):
-        """Derivative number i of the residuals with number j of the operands."""
+        """Coefficient number i of the residuals with number j of the operands."""
         chosen = []
-        for slot, derivatives in zip(slots, arguments, strict=True):
-            a = derivatives[i if slot in residual_slots else j]
+        for slot, coefficients in zip(slots, arguments, strict=True):
+            a = coefficients[i if slot in residual_slots else j]
             chosen.append(jnp.zeros_like(a) if i > 0 and slot in alone else a)
         return linear_map_p.bind(*chosen, kind=kind, slots=slots, levels=levels)
 
     first, *rest = (
-        sum(comb(order, i) * term(i, order - i) for i in range(order + 1))
+        sum(term(i, order - i) for i in range(order + 1))
         for order in range(len(arguments[0]))
     )
     return first, rest

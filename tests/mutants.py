@@ -21,6 +21,7 @@ from jaxlinear import (
     _cpu,
     _formulas,
     _linear,
+    _linear_map,
     _product,
     nnx,
 )
@@ -203,6 +204,19 @@ def _():
 )
 def _():
     with_perturbed(lambda of_x, of_weight: (True, True))
+
+
+@mutant(
+    "reverse mode that transposes the formula",
+    "test_every_mode.py::test_every_reverse_mode_runs_the_documented_rule",
+)
+def _():
+    def without_rule(right):
+        return lambda kind, residuals, operands: kind.apply(
+            kind.statics, residuals, operands
+        )
+
+    replace(_linear_map, "linear_map", without_rule)
 
 
 @mutant("widened operands, which are gathered one by one", FSDP)

@@ -1,0 +1,148 @@
+"""Forward mode and reverse mode are one rule each, whatever is differentiated.
+
+Values are in the table of transformations (`test_table.py`).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracle import naive, random_problem, relative_error, wide
+from table.losses import directions
+
+import jaxlinear
+from jaxlinear import _linear, linear
+
+nnx = pytest.importorskip("flax.nnx")
+
+ARRAYS = random_problem((6, 5), 4, 3, "float32")[:3]
+
+
+def squares(layer):
+    return lambda *a: jnp.sum(layer(*a).astype("float32") ** 2)
+
+
+def directional(*arrays):
+    """A gradient of a gradient: reverse over forward."""
+    return jax.grad(lambda *a: jax.jvp(squares(linear), a, arrays)[1])(*arrays)
+
+
+REVERSE = {
+    "grad": lambda *a: jax.grad(squares(linear), (0, 1, 2))(*a),
+    "vjp of jit": lambda *a: jax.vjp(jax.jit(linear), *a)[1](linear(*a)),
+    "grad of vmap": lambda *a: jax.grad(
+        squares(jax.vmap(linear, (0, None, None))), (0, 1, 2)
+    )(*a),
+    "vmap of grad": lambda *a: jax.vmap(jax.grad(squares(linear)), (0, None, None))(*a),
+    "remat": lambda *a: jax.grad(jax.checkpoint(squares(linear)))(*a),
+    "transpose of linearize": lambda *a: jax.linear_transpose(
+        jax.linearize(linear, *a)[1], *a
+    )(linear(*a)),
+    "linear_transpose": lambda x, weight, bias: jax.linear_transpose(
+        lambda x: linear(x, weight), x
+    )(linear(x, weight)),
+    "reverse over forward": directional,
+}
+
+
+@pytest.mark.parametrize("name", REVERSE)
+def test_every_reverse_mode_runs_the_documented_rule(name, monkeypatch):
+    calls, rule = [], _linear._linear_backward
+
+    def counted(*arguments):
+        calls.append(None)
+        return rule(*arguments)
+
+    monkeypatch.setattr(_linear, "_linear_backward", counted)
+    jax.clear_caches()
+    REVERSE[name](*ARRAYS)
+    assert calls
+
+
+def products_in(function, *arrays):
+    """How many products a function runs, inner programs and all."""
+    return str(jax.make_jaxpr(function)(*arrays)).count("dot_general")
+
+
+@pytest.mark.parametrize(
+    ("moving", "count"), [((0,), 1), ((1,), 1), ((2,), 0), ((0, 1), 2), ((0, 1, 2), 2)]
+)
+def test_a_frozen_argument_costs_no_product_in_forward_mode(moving, count):
+    def derivative(*tangents):
+        def of(*some):
+            every = dict(enumerate(ARRAYS)) | dict(zip(moving, some, strict=True))
+            return linear(*every.values())
+
+        return jax.jvp(of, tuple(ARRAYS[k] for k in moving), tangents)
+
+    compiled = jax.jit(derivative).lower(*(ARRAYS[k] for k in moving)).compile()
+    assert compiled.as_text().count(" dot(") <= 1 + count
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_tangent_of_two_products_is_rounded_once(dtype):
+    x, weight, _ = ARRAYS
+    arrays = x.astype(dtype), weight.astype(dtype)
+    tangents = directions(*arrays)
+    actual = jax.jvp(linear, arrays, tangents)[1]
+    (X, W), (dX, dW) = ([wide(a) for a in arrays], [wide(t) for t in tangents])
+    exact = dX @ W.T + X @ dW.T
+    rounded = exact.astype(actual.dtype)
+    assert actual.dtype == dtype
+    assert np.mean(np.asarray(actual) == np.asarray(rounded)) > 0.97
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_map_over_x_costs_what_one_more_leading_axis_does(dtype):
+    layer = functools.partial(linear, dtype=dtype)
+    shapes = (32, 16, 128), (256, 128), (256,)
+    arrays = [jax.ShapeDtypeStruct(shape, "float32") for shape in shapes]
+
+    def costs(layer):
+        gradients = jax.grad(squares(layer), (0, 1, 2))
+        compiled = jax.jit(gradients).lower(*arrays).compile()
+        operations = compiled.cost_analysis()["flops"]
+        return compiled.memory_analysis().temp_size_in_bytes, operations
+
+    mapped = jax.vmap(layer, (0, None, None))
+    for cost, limit in zip(costs(mapped), costs(layer), strict=True):
+        assert cost <= 1.02 * limit
+
+
+def test_forward_mode_through_a_model_that_knows_nothing_of_it():
+    class MLP(nnx.Module):
+        def __init__(self, layer):
+            self.hidden = layer(4, 8, rngs=nnx.Rngs(0))
+            self.head = layer(8, 3, rngs=nnx.Rngs(1))
+
+        def __call__(self, x):
+            return self.head(jnp.tanh(self.hidden(x)))
+
+    ours, flax = MLP(jaxlinear.nnx.Linear), MLP(nnx.Linear)
+    for mine, theirs in (ours.hidden, flax.hidden), (ours.head, flax.head):
+        theirs.kernel[...], theirs.bias[...] = mine.weight[...].T, mine.bias[...]
+    x, _, _ = ARRAYS
+
+    @nnx.jit
+    def derivatives(model, x):
+        return jax.jvp(model, (x,), (x,)), jax.jacfwd(model)(x[0, 0])
+
+    for a, e in zip(
+        *(jax.tree.leaves(derivatives(m, x)) for m in (ours, flax)), strict=True
+    ):
+        assert relative_error(a, wide(e)) < 1e-5
+
+
+def test_a_linear_transpose_has_derivatives_of_its_own():
+    x, weight, _ = ARRAYS
+
+    def pulled_back(layer):
+        def of(weight):
+            transposed = jax.linear_transpose(lambda x: layer(x, weight), x)
+            return jnp.sum(transposed(naive(x, weight))[0] ** 2)
+
+        return jax.grad(of)(weight)
+
+    np.testing.assert_allclose(pulled_back(linear), pulled_back(naive), rtol=1e-4)
