@@ -11,7 +11,9 @@ def _jet(primals, series, *, kind, slots, levels):
     arguments = [[p, *s] for p, s in zip(primals, series, strict=True)]
     residual_slots, operand_slots = split(kind, slots, slots)
     # An operand that is multiplied by no residual stands beside the value of one only.
-    alone = [s for s, t in zip(operand_slots, kind.terms, strict=True) if t.residual is None]
+    alone = [
+        s for s, t in zip(operand_slots, kind.terms, strict=True) if t.residual is None
+    ]
 
     def term(i, j):
         """Coefficient number i of the residuals with number j of the operands."""

@@ -237,7 +237,9 @@ def _differential(statics, residuals, tangents):
     (X, W, rows), (dX, dW, dB) = residuals, tangents
     if dX is not None and dW is not None:
         wide = Y_type._replace(dtype=accumulator(Y_type.dtype))
-        kept = forward._replace(preferred_element_type=accumulator(forward.operand_dtype))
+        kept = forward._replace(
+            preferred_element_type=accumulator(forward.operand_dtype)
+        )
         dY = forward_product(dX, W, dB, kept, wide)
         dY += forward_product(X, dW, None, kept, wide)
         return dY.astype(Y_type.dtype)

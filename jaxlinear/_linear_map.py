@@ -48,7 +48,9 @@ class LinearMap(NamedTuple):
     terms: tuple[Term, ...]
     leading: tuple[bool, ...]  # of residuals, operands: with the result's leading axes?
     statics: Hashable
-    derivative: Callable | None = None  # of statics, primals, tangents or None: Y and dY
+    derivative: Callable | None = (
+        None  # of statics, primals, tangents or None: Y and dY
+    )
 
 
 class Level(NamedTuple):
@@ -203,7 +205,9 @@ def _batch(axis, arguments, places, *, kind, slots, levels):
         jnp.moveaxis(a, place, sum(l.axes[slot] == 0 for l in levels) * is_leading)
         if is_mapped
         else a
-        for slot, a, place, is_mapped in zip(slots, arguments, places, mapped, strict=True)
+        for slot, a, place, is_mapped in zip(
+            slots, arguments, places, mapped, strict=True
+        )
     ]
     Y = linear_map_p.bind(*arguments, kind=kind, slots=slots, levels=levels)
     return Y, (len(levels) * is_leading if any(mapped) else None)

@@ -24,11 +24,6 @@ def squares(layer):
     return lambda *a: jnp.sum(layer(*a).astype("float32") ** 2)
 
 
-def directional(*arrays):
-    """A gradient of a gradient: reverse over forward."""
-    return jax.grad(lambda *a: jax.jvp(squares(linear), a, arrays)[1])(*arrays)
-
-
 REVERSE = {
     "grad": lambda *a: jax.grad(squares(linear), (0, 1, 2))(*a),
     "vjp of jit": lambda *a: jax.vjp(jax.jit(linear), *a)[1](linear(*a)),
@@ -43,7 +38,6 @@ REVERSE = {
     "linear_transpose": lambda x, weight, bias: jax.linear_transpose(
         lambda x: linear(x, weight), x
     )(linear(x, weight)),
-    "reverse over forward": directional,
 }
 
 
@@ -59,11 +53,6 @@ def test_every_reverse_mode_runs_the_documented_rule(name, monkeypatch):
     jax.clear_caches()
     REVERSE[name](*ARRAYS)
     assert calls
-
-
-def products_in(function, *arrays):
-    """How many products a function runs, inner programs and all."""
-    return str(jax.make_jaxpr(function)(*arrays)).count("dot_general")
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ OPERATIONS = {
 
 
 class Case(NamedTuple):
-    """A program. Each axis is a letter: a, b and c lead, i and o are the features.
+    """A program, of gradients or of a tangent. Each axis is a letter: a, b and c lead, i and o are the features.
 
     u, v and w are the axes of the maps, of which u is the innermost.
     """
@@ -64,6 +64,7 @@ class Case(NamedTuple):
     constants: list  # arguments that the program closes over
     gradient_of_map: bool  # rather than map of gradients
     checkpoint: bool
+    moving: list  # in forward mode, the arguments that have a tangent
 
 
 def random_case(number):
@@ -113,7 +114,7 @@ def random_case(number):
     def two_operations():
         return [choice([*OPERATIONS]) if chance(0.4) else "" for _ in "01"]
 
-    return Case(
+    case = Case(
         number=number,
         dtypes=dtypes,
         leaves_in=choice([low, "float32"]) if chance(0.3) else None,
@@ -128,7 +129,27 @@ def random_case(number):
         constants=some_of([*arguments]) if chance(0.2) else [],
         gradient_of_map=gradient_of_map,
         checkpoint=chance(0.1),
+        moving=[],
     )
+    moving = [name for name in wanted if name != "Y"]
+    if not moving or chance(0.7):
+        return case
+    kept = [name for name in case.results if name == "Y"] + ["tangent"]
+    axes = case.results.get("Y", results["Y"])
+    return case._replace(
+        moving=moving,
+        results=dict.fromkeys(kept, axes),
+        operations={name: two_operations() for name in kept},
+    )
+
+
+def direction(case, name, a, maps=True):
+    """The tangent of an argument: itself, with the features in the other order."""
+    axes = [axis for axis in case.arguments[name] if maps or axis not in case.maps]
+    return a[
+        (slice(None),) * axes.index("o" if name == "bias" else "i")
+        + (slice(None, None, -1),)
+    ]
 
 
 def argument_values(case):
@@ -158,6 +179,17 @@ def program(case):
         return {"Y": Y}
 
     def with_gradients(function):
+        def forward(arguments):
+            fixed = dict(arguments)
+            moving = {name: fixed.pop(name) for name in case.moving}
+            outside = case.gradient_of_map
+            tangents = {n: direction(case, n, a, outside) for n, a in moving.items()}
+            results, tangent = jax.jvp(
+                lambda moving: function(fixed | moving), (moving,), (tangents,)
+            )
+            results = results | {"tangent": tangent["Y"]}
+            return {name: results[name] for name in case.results}
+
         def run(arguments):
             fixed = dict(arguments)
             moving = {name: fixed.pop(name) for name in case.results if name != "Y"}
@@ -167,7 +199,7 @@ def program(case):
             return {name: results[name] for name in case.results}
 
         function = jax.checkpoint(function) if case.checkpoint else function
-        return run
+        return forward if case.moving else run
 
     def mapped(function, new, results):
         def places(axes):
@@ -226,8 +258,9 @@ PRODUCTS = {
 }
 
 
-def formulas(case, arguments):
-    """Y and the gradients, summed over the axes that a result lacks."""
+def formulas(case, given):
+    """Y, its tangent and the gradients, summed over the axes that a result lacks."""
+    arguments = dict(given)
     rows = "".join(a for a in case.sizes if a not in "io")
     ones = np.ones([case.sizes[a] for a in rows])
 
@@ -236,7 +269,19 @@ def formulas(case, arguments):
         operands = [*(arguments[name] for name in names), ones]
         return np.einsum(f"{axes}->{result}", *operands, optimize=True)
 
-    results = {n: product(PRODUCTS[n], axes) for n, axes in case.results.items()}
+    def tangent(axes):
+        total = 0
+        for name in case.moving:
+            arguments[name] = direction(case, name, given[name])
+            names = ["bias"] if name == "bias" else ["x", "weight"]
+            total = total + product(names, axes)
+            arguments[name] = given[name]
+        return total
+
+    results = {
+        n: tangent(axes) if n == "tangent" else product(PRODUCTS[n], axes)
+        for n, axes in case.results.items()
+    }
     if "Y" in results and "bias" in arguments:
         results["Y"] = results["Y"] + product(["bias"], case.results["Y"])
     return results
@@ -260,7 +305,7 @@ def difference(case, results):
 
     terms = math.prod(case.sizes.values())
     for name, result in results.items():
-        own = given["cotangent" if name == "Y" else name].dtype
+        own = given["cotangent" if name in ("Y", "tangent") else name].dtype
         dtypes = [own, case.leaves_in or own]
         dtypes += {"bfloat16", "float32"} & {*case.operations[name]}
         tolerance = 2 * max(map(eps, dtypes)) + math.sqrt(terms) * eps("float32")

@@ -183,7 +183,9 @@ def jvp_of_scan(layer, x, weight, bias):
 def jvp_of_cond(layer, x, weight, bias):
     def either(x, weight, bias):
         chosen = jnp.sum(x) > jnp.inf
-        return lax.cond(chosen, lambda *_: layer(-x, weight, bias), layer, x, weight, bias)
+        return lax.cond(
+            chosen, lambda *_: layer(-x, weight, bias), layer, x, weight, bias
+        )
 
     return jax.jvp(either, (x, weight, bias), directions(x, weight, bias))
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.scipy.sparse import linalg
 
+
 def _operator(layer, weight):
     """A linear map near twice the identity, of the layer without its bias."""
 
