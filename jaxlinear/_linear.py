@@ -251,8 +251,11 @@ def _differential(statics, residuals, tangents):
 
 
 def _transposed(statics, residuals, G):
-    X, W, _ = residuals
-    return _linear_backward(*statics, (X, W), G)
+    (X, W, _), (products, Y_type, _) = residuals, statics
+    if G.dtype != Y_type.dtype:  # A sum over what is mapped, which has more bits.
+        wide = {"dtype": G.dtype, "preferred_element_type": G.dtype}
+        products = Products(*(p._replace(**wide) for p in products))
+    return _linear_backward(products, *statics[1:], (X, W), G)
 
 
 def _map(apply, statics, derivative=None):

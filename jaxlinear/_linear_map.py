@@ -18,14 +18,13 @@ JAX knows a primitive by its rules. The four are below, each with what it does.
 
 from collections.abc import Callable, Hashable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from jaxlinear._product import accumulator
+from jaxlinear._levels import Level, cotangent, depth, mapped_over, to_axis
 
 
 class Term(NamedTuple):
@@ -48,21 +47,7 @@ class LinearMap(NamedTuple):
     terms: tuple[Term, ...]
     leading: tuple[bool, ...]  # of residuals, operands: with the result's leading axes?
     statics: Hashable
-    derivative: Callable | None = (
-        None  # of statics, primals, tangents or None: Y and dY
-    )
-
-
-class Level(NamedTuple):
-    """One `jax.vmap` around a map, over the first axis of what has a 0 in ``axes``."""
-
-    axes: tuple[int | None, ...]
-    axis_size: int
-    spmd_axis_name: Any
-
-    def mapped(self, function, axes):
-        size, name = self.axis_size, self.spmd_axis_name
-        return jax.vmap(function, axes, axis_size=size, spmd_axis_name=name)
+    derivative: Callable | None = None  # of statics, primals and tangents: Y and dY
 
 
 linear_map_p = Primitive("linear_map")
@@ -70,9 +55,10 @@ linear_map_p = Primitive("linear_map")
 
 def linear_map(kind, residuals, operands):
     """``kind`` of arrays. Those that are None take no part, and have no cotangent."""
-    slots = [s for s, a in enumerate((*residuals, *operands)) if a is not None]
-    arguments = [a for a in (*residuals, *operands) if a is not None]
-    return linear_map_p.bind(*arguments, kind=kind, slots=tuple(slots), levels=())
+    present = {s: a for s, a in enumerate((*residuals, *operands)) if a is not None}
+    return linear_map_p.bind(
+        *present.values(), kind=kind, slots=tuple(present), levels=()
+    )
 
 
 def split(kind, slots, arguments):
@@ -87,12 +73,10 @@ def split(kind, slots, arguments):
 
 @partial(jax.jit, static_argnames=("kind", "slots", "levels"), inline=True)
 def _apply(*arguments, kind, slots, levels):
-    def apply(*arguments):
+    def apply(arguments):
         return kind.apply(kind.statics, *split(kind, slots, arguments))
 
-    for level in levels:
-        apply = level.mapped(apply, tuple(level.axes[slot] for slot in slots))
-    return apply(*arguments)
+    return mapped_over(levels, slots, apply)(arguments)
 
 
 linear_map_p.def_impl(_apply)
@@ -100,43 +84,40 @@ linear_map_p.def_abstract_eval(lambda *a, **p: _apply.trace(*a, **p).jaxpr.out_a
 mlir.register_lowering(linear_map_p, mlir.lower_fun(_apply, multiple_results=False))
 
 
-# 2. The derivative: the map's own, if it has one. Else that of a product: the same map of
-# the operands' tangents, which keeps the transpose, and what JAX makes of ``apply`` for
-# those of residuals.
+# 2. The derivative: the map's own, if it has one. Else that of products: the same map of
+# the operands' tangents, which keeps the transpose, and of the residuals' what JAX makes
+# of ``apply``.
 
 
 def _jvp(primals, tangents, *, kind, slots, levels):
-    moving = {k: t for k, t in enumerate(tangents) if type(t) is not ad.Zero}
-    moving = {k: t for k, t in moving.items() if t.dtype != jax.dtypes.float0}
-
-    def own(primals, moving):
-        tangents = [moving.get(k) for k in range(len(slots))]
-        both = [sum(split(kind, slots, a), []) for a in (primals, tangents)]
-        return kind.derivative(kind.statics, *both)
-
-    def of_product(primals, moving):
-        params = {"kind": kind, "slots": slots, "levels": levels}
-        count = len(jax.tree.leaves(split(kind, slots, slots)[0]))
-        residuals = {k: t for k, t in moving.items() if k < count}
-
-        def of(residuals):
-            arguments = [residuals.get(k, p) for k, p in enumerate(primals)]
-            return _apply(*arguments, **params)
-
-        dY = []
-        if len(moving) > len(residuals):
-            operands = map(ad.instantiate_zeros, tangents[count:])
-            dY += [linear_map_p.bind(*primals[:count], *operands, **params)]
-        if residuals:
-            dY += [jax.jvp(of, ({k: primals[k] for k in residuals},), (residuals,))[1]]
-        return linear_map_p.bind(*primals, **params), sum(dY[1:], dY[0])
-
+    moving = [type(t) is not ad.Zero and t.dtype != jax.dtypes.float0 for t in tangents]
+    moving = [t if is_moving else None for t, is_moving in zip(tangents, moving)]
     if kind.derivative is None:
-        return of_product(primals, moving)
-    for level in levels:
-        axes = [level.axes[slot] for slot in slots]
-        own = level.mapped(own, (axes, {k: axes[k] for k in moving}))
-    return own(list(primals), moving)
+        return _jvp_of_products(primals, tangents, moving, kind, slots, levels)
+
+    def derivative(both):
+        of = [sum(split(kind, slots, arguments), []) for arguments in both]
+        return kind.derivative(kind.statics, *of)
+
+    return mapped_over(levels, slots, derivative, copies=2)([list(primals), moving])
+
+
+def _jvp_of_products(primals, tangents, moving, kind, slots, levels):
+    bind = partial(linear_map_p.bind, kind=kind, slots=slots, levels=levels)
+    apply = partial(_apply, kind=kind, slots=slots, levels=levels)
+    count = sum(slot < len(kind.leading) - len(kind.terms) for slot in slots)
+    residuals = {k: t for k, t in enumerate(moving[:count]) if t is not None}
+
+    def of_residuals(some):
+        return apply(*(some.get(k, primal) for k, primal in enumerate(primals)))
+
+    dY = []
+    if any(t is not None for t in moving[count:]):
+        dY += [bind(*primals[:count], *map(ad.instantiate_zeros, tangents[count:]))]
+    if residuals:
+        of = {k: primals[k] for k in residuals}
+        dY += [jax.jvp(of_residuals, (of,), (residuals,))[1]]
+    return bind(*primals), sum(dY[1:], dY[0])
 
 
 ad.primitive_jvps[linear_map_p] = _jvp
@@ -150,40 +131,11 @@ def _transpose(G, *arguments, kind, slots, levels):
     residuals, operands = split(kind, slots, arguments)
     wanted = [k for k, o in enumerate(operands) if ad.is_undefined_primal(o)]
     if levels:
-        found = {k: _cotangent(k, G, residuals, kind, levels) for k in wanted}
+        found = {k: cotangent(k, G, residuals, kind, levels) for k in wanted}
     else:
         found = dict(enumerate(kind.transpose(kind.statics, residuals, G)))
     found = {len(residuals) + k: found[k] for k in wanted}
     return [found.get(slot) for slot in slots]
-
-
-def _cotangent(k, G, residuals, kind, levels):
-    """The cotangent of operand ``k``: an array for each element that it has."""
-    read, cotangent_axis = kind.terms[k]
-
-    def product(residual, G):
-        alone = [residual if r == read else None for r in range(len(residuals))]
-        return kind.transpose(kind.statics, alone, G)[k]
-
-    def around(product, level, depth, residual_depth):
-        in_residual = read is not None and level.axes[read] == 0
-        if level.axes[len(residuals) + k] == 0:
-            return level.mapped(product, (0 if in_residual else None, 0))
-
-        def contracted(residual, G):
-            if in_residual:
-                residual = jnp.moveaxis(residual, 0, residual_depth)
-            elif read is not None:
-                return product(residual, jnp.sum(G, 0, dtype=accumulator(G.dtype)))
-            place = depth if cotangent_axis == 0 else cotangent_axis
-            return product(residual, jnp.moveaxis(G, 0, place))
-
-        return contracted
-
-    for depth, level in enumerate(levels):
-        outer = [] if read is None else [l for l in levels[:depth] if l.axes[read] == 0]
-        product = around(product, level, depth, len(outer))
-    return product(None if read is None else residuals[read], G)
 
 
 ad.primitive_transposes[linear_map_p] = _transpose
@@ -194,23 +146,18 @@ ad.primitive_transposes[linear_map_p] = _transpose
 
 
 def _batch(axis, arguments, places, *, kind, slots, levels):
-    mapped = [place is not None for place in places]
-    is_leading = mapped == [kind.leading[slot] for slot in slots]
-    if any(mapped) and not is_leading:
-        present = dict(zip(slots, mapped, strict=True))
-        axes = [0 if present.get(slot) else None for slot in range(len(kind.leading))]
-        levels += (Level(tuple(axes), axis.size, axis.spmd_name),)
-    arguments = [
+    bind = partial(linear_map_p.bind, kind=kind, slots=slots)
+    mapped = {s for s, p in zip(slots, places, strict=True) if p is not None}
+    if not mapped:
+        return bind(*arguments, levels=levels), None
+    if mapped == {slot for slot in slots if kind.leading[slot]}:
         # Behind the axes of the levels, which are the first.
-        jnp.moveaxis(a, place, sum(l.axes[slot] == 0 for l in levels) * is_leading)
-        if is_mapped
-        else a
-        for slot, a, place, is_mapped in zip(
-            slots, arguments, places, mapped, strict=True
-        )
-    ]
-    Y = linear_map_p.bind(*arguments, kind=kind, slots=slots, levels=levels)
-    return Y, (len(levels) * is_leading if any(mapped) else None)
+        to = [depth(levels, slot) for slot in slots]
+        return bind(*map(to_axis, arguments, places, to), levels=levels), len(levels)
+    axes = tuple(0 if s in mapped else None for s in range(len(kind.leading)))
+    level = Level(axes, axis.size, axis.spmd_name)
+    arguments = map(to_axis, arguments, places, [0] * len(slots))
+    return bind(*arguments, levels=(*levels, level)), 0
 
 
 batching.fancy_primitive_batchers[linear_map_p] = _batch

@@ -1,4 +1,4 @@
-"""Rows: temporary memory and operations of compiled programs, where something is mapped.
+"""Rows: temporary memory and operations of programs in which something is mapped.
 
 A row passes where neither is more than the naive formula's in float32, in which
 products on CPU leave their accumulator.

@@ -74,7 +74,7 @@ def custom_linear_solve(layer, *arrays):
 
 
 def _fixed_point(layer, weight, vector):
-    """The v with v = sin(layer(v) + vector), by iteration; differentiated implicitly."""
+    """The v with v = sin(layer(v) + vector), by iteration."""
 
     def excess(v):
         return v - jnp.sin(layer(v, weight, vector).astype(v.dtype))
