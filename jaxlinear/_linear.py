@@ -214,7 +214,7 @@ def _linear_in_every_mode(x, weight, bias, *statics):
 
 
 def _derivative(statics, primals, tangents):
-    (_, weight, _, x, _, bias), (_, dW, _, dX, _, dB) = primals, tangents
+    ((_, weight, _), (x, _, bias)), ((_, dW, _), (dX, _, dB)) = primals, tangents
     Y, residuals = _linear_forward(
         CustomVJPPrimal(x, dX is not None),
         CustomVJPPrimal(weight, dW is not None),
@@ -251,17 +251,17 @@ def _differential(statics, residuals, tangents):
 
 
 def _transposed(statics, residuals, G):
-    (X, W, _), (products, Y_type, _) = residuals, statics
+    (X, W, _), (products, Y_type, gradient_types) = residuals, statics
     if G.dtype != Y_type.dtype:  # A sum over what is mapped, which has more bits.
         wide = {"dtype": G.dtype, "preferred_element_type": G.dtype}
         products = Products(*(p._replace(**wide) for p in products))
-    return _linear_backward(products, *statics[1:], (X, W), G)
+    return _linear_backward(products, Y_type, gradient_types, (X, W), G)
 
 
 def _map(apply, statics, derivative=None):
     """A map of the residuals X, W and rows, and of the operands or tangents X, W and B.
 
-    The rows are an empty array (*, 0), which has the leading axes where nothing else has.
+    The rows are an empty array (*, 0) with the leading axes where nothing else has them.
     """
     _, _, gradient_types = statics
     # A sharding is one of so many leading axes, and no more.

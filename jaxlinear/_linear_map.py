@@ -1,7 +1,7 @@
 """A linear map that carries its own transpose: every mode for a custom VJP.
 
-JAX differentiates forward, and transposes that for reverse mode. `jax.custom_vjp` puts a
-rule in the place of both, and so has no forward mode; `jax.custom_jvp` has it, but no
+JAX differentiates forward, and transposes that for reverse mode. `jax.custom_vjp` puts
+a rule in the place of both, and so has no forward mode; `jax.custom_jvp` has it, but no
 rule for reverse mode. What is missing is a tangent that carries its transpose.
 `jax.custom_derivatives.linear_call` is one, but `jax.vmap` does not know it. With ours
 an op is differentiable in every mode if its derivative is
@@ -40,7 +40,7 @@ class Term(NamedTuple):
 
 
 class LinearMap(NamedTuple):
-    """A sum of terms, one for each operand. Data with a hash, which JAX's caches know."""
+    """A sum of terms, one for each operand: data with a hash, for JAX's caches."""
 
     apply: Callable  # of statics, residuals and operands: an array
     transpose: Callable  # of statics, residuals and cotangent: one for each operand
@@ -76,7 +76,7 @@ def _apply(*arguments, kind, slots, levels):
     def apply(arguments):
         return kind.apply(kind.statics, *split(kind, slots, arguments))
 
-    return mapped_over(levels, slots, apply)(arguments)
+    return mapped_over(levels, slots, apply)([*arguments])
 
 
 linear_map_p.def_impl(_apply)
@@ -84,22 +84,24 @@ linear_map_p.def_abstract_eval(lambda *a, **p: _apply.trace(*a, **p).jaxpr.out_a
 mlir.register_lowering(linear_map_p, mlir.lower_fun(_apply, multiple_results=False))
 
 
-# 2. The derivative: the map's own, if it has one. Else that of products: the same map of
-# the operands' tangents, which keeps the transpose, and of the residuals' what JAX makes
-# of ``apply``.
+# 2. The derivative: the map's own, if it has one. Else that of products: the same map
+# of the operands' tangents, which keeps the transpose, and of the residuals' what JAX
+# makes of ``apply``.
 
 
 def _jvp(primals, tangents, *, kind, slots, levels):
-    moving = [type(t) is not ad.Zero and t.dtype != jax.dtypes.float0 for t in tangents]
-    moving = [t if is_moving else None for t, is_moving in zip(tangents, moving)]
+    moving = [
+        None if type(t) is ad.Zero or t.dtype == jax.dtypes.float0 else t
+        for t in tangents
+    ]
     if kind.derivative is None:
         return _jvp_of_products(primals, tangents, moving, kind, slots, levels)
 
     def derivative(both):
-        of = [sum(split(kind, slots, arguments), []) for arguments in both]
-        return kind.derivative(kind.statics, *of)
+        primals, tangents = (split(kind, slots, arguments) for arguments in both)
+        return kind.derivative(kind.statics, primals, tangents)
 
-    return mapped_over(levels, slots, derivative, copies=2)([list(primals), moving])
+    return mapped_over(levels, slots, derivative, copies=2)([[*primals], moving])
 
 
 def _jvp_of_products(primals, tangents, moving, kind, slots, levels):
@@ -141,8 +143,8 @@ def _transpose(G, *arguments, kind, slots, levels):
 ad.primitive_transposes[linear_map_p] = _transpose
 
 
-# 4. What `jax.vmap` makes of it. Where all that have leading axes are mapped, and nothing
-# else, the axis is one more of these: of the others there is one cotangent, a sum.
+# 4. What `jax.vmap` makes of it. Where all that have leading axes are mapped, and
+# nothing else, the axis is one more of these: the others have one cotangent, a sum.
 
 
 def _batch(axis, arguments, places, *, kind, slots, levels):

@@ -146,10 +146,8 @@ def random_case(number):
 def direction(case, name, a, maps=True):
     """The tangent of an argument: itself, with the features in the other order."""
     axes = [axis for axis in case.arguments[name] if maps or axis not in case.maps]
-    return a[
-        (slice(None),) * axes.index("o" if name == "bias" else "i")
-        + (slice(None, None, -1),)
-    ]
+    features = axes.index("o" if name == "bias" else "i")
+    return a[(*[slice(None)] * features, slice(None, None, -1))]
 
 
 def argument_values(case):
