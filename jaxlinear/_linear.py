@@ -222,7 +222,9 @@ def _derivative(statics, primals, tangents):
         *statics,
     )
     Y = checkpoint_name(Y, "linear")
-    rows = Y[..., :0] if dX is None and dW is None else None
+    # Where a bias is mapped, Y is, and then so must be what its cotangent comes to.
+    is_alone = dB is None or (dX is None and dW is None)
+    rows = lax.stop_gradient(Y)[..., :0] if bias is not None and is_alone else None
     return Y, linear_map(_map(_differential, statics), (*residuals, rows), (dX, dW, dB))
 
 
@@ -261,7 +263,7 @@ def _transposed(statics, residuals, G):
 def _map(apply, statics, derivative=None):
     """A map of the residuals X, W and rows, and of the operands or tangents X, W and B.
 
-    The rows are an empty array (*, 0) with the leading axes where nothing else has them.
+    The rows are an empty array (*, 0), with the leading axes where no other has them.
     """
     _, _, gradient_types = statics
     # A sharding is one of so many leading axes, and no more.

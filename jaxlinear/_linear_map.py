@@ -2,18 +2,16 @@
 
 JAX differentiates forward, and transposes that for reverse mode. `jax.custom_vjp` puts
 a rule in the place of both, and so has no forward mode; `jax.custom_jvp` has it, but no
-rule for reverse mode. What is missing is a tangent that carries its transpose.
-`jax.custom_derivatives.linear_call` is one, but `jax.vmap` does not know it. With ours
-an op is differentiable in every mode if its derivative is
+rule for reverse mode. What is missing is a tangent that carries its transpose, which
+`jax.custom_derivatives.linear_call` is, but not for `jax.vmap`. With ours an op is
+differentiable in every mode if its derivative is
 
     Y, residuals = forward_rule(*primals)
     dY = linear_map(differential, residuals, tangents)
 
 Forward mode evaluates ``differential.apply``, and reverse mode runs its ``transpose``,
-the backward rule. Nothing is stored but the residuals. An op that is linear in some
-arguments is such a map itself, with that derivative, and can be transposed, too.
-
-JAX knows a primitive by its rules. The four are below, each with what it does.
+the backward rule; only residuals are stored. An op that is linear in some arguments is
+such a map itself, with that derivative. JAX knows the primitive by its four rules.
 """
 
 from collections.abc import Callable, Hashable
@@ -28,14 +26,10 @@ from jaxlinear._levels import Level, cotangent, depth, mapped_over, to_axis
 
 
 class Term(NamedTuple):
-    """The product of an operand and of one residual, or of none.
-
-    Where an axis is mapped in the residual and not in the operand, the operand's
-    cotangent contracts it. It is then one more axis of both: the first of the residual,
-    and of the cotangent the first, or the one before the last.
-    """
+    """The product of an operand and of one residual, or of none."""
 
     residual: int | None
+    # Of an axis that is mapped in the residual alone: there it is made the first.
     cotangent_axis: int = 0
 
 
@@ -90,10 +84,7 @@ mlir.register_lowering(linear_map_p, mlir.lower_fun(_apply, multiple_results=Fal
 
 
 def _jvp(primals, tangents, *, kind, slots, levels):
-    moving = [
-        None if type(t) is ad.Zero or t.dtype == jax.dtypes.float0 else t
-        for t in tangents
-    ]
+    moving = [None if type(t) is ad.Zero else t for t in tangents]
     if kind.derivative is None:
         return _jvp_of_products(primals, tangents, moving, kind, slots, levels)
 
