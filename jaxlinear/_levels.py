@@ -51,14 +51,20 @@ def cotangent(k, G, residuals, kind, levels):
         alone = [residual if r == read else None for r in range(len(residuals))]
         return kind.transpose(kind.statics, alone, G)[k]
 
+    def is_contracted(level):
+        return level.axes[len(residuals) + k] is None and level.axes[read] == 0
+
     for number, level in enumerate(levels):
         in_residual = read is not None and level.axes[read] == 0
         if level.axes[len(residuals) + k] == 0:
             product = level.mapped(product, (0 if in_residual else None, 0))
-        elif in_residual or read is None:
-            # Behind the axes of the inner levels.
-            to = None if read is None else depth(levels[:number], read)
-            product = _contracted(product, to, cotangent_axis or number)
+        elif read is None:
+            product = _contracted(product, None, number)
+        elif in_residual:
+            # Behind the axes of the inner levels, and before those of the outer ones.
+            outer = sum(map(is_contracted, levels[number + 1 :]))
+            place = cotangent_axis - outer if cotangent_axis else number
+            product = _contracted(product, depth(levels[:number], read), place)
         else:
             product = _of_the_sum(product)
     return product(None if read is None else residuals[read], G)

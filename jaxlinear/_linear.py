@@ -28,7 +28,7 @@ from jaxlinear._formulas import (
     input_gradient,
     weight_gradient,
 )
-from jaxlinear._linear_map import LinearMap, Term, linear_map
+from jaxlinear._linear_map import LinearMap, Term, linear_map, linear_map_p
 from jaxlinear._plain import in_plain_autodiff, plain_linear
 from jaxlinear._product import Products, accumulator
 from jaxlinear._sharding import (
@@ -156,11 +156,6 @@ def _apply(x, weight, bias, *, dtype=None, products=None, out_sharding=None):
 
 _apply_jitted = jax.jit(_apply, static_argnames=("dtype", "products", "out_sharding"))
 
-save_linear_outputs = jax.checkpoint_policies.save_only_these_names("linear")
-"""A policy for ``jax.checkpoint``: save the result of every ``linear``, so that the
-backward pass runs no forward product again, and recompute everything else."""
-
-
 # The op: Y = X Wᵀ + B. Each product casts its operands inside it, so that the rule
 # below decides in which dtype each gradient leaves its product.
 
@@ -271,3 +266,17 @@ def _map(apply, statics, derivative=None):
     terms = Term(residual=1, cotangent_axis=-2), Term(residual=0), Term(residual=None)
     leading = has_rows, False, has_rows, has_rows, False, False
     return LinearMap(apply, _transposed, terms, leading, statics, derivative)
+
+
+_named = jax.checkpoint_policies.save_only_these_names("linear")
+
+
+def save_linear_outputs(primitive, *types, **parameters):
+    """A policy for ``jax.checkpoint``: save the result of every ``linear``, so that the
+    backward pass runs no forward product again, and recompute everything else.
+
+    It is ``save_only_these_names("linear")``, and saves what is not differentiated, too.
+    """
+    is_map = primitive is linear_map_p
+    is_layer = is_map and parameters["kind"].derivative is _derivative
+    return is_layer or _named(primitive, *types, **parameters)

@@ -135,3 +135,35 @@ def test_a_linear_transpose_has_derivatives_of_its_own():
         return jax.grad(of)(weight)
 
     np.testing.assert_allclose(pulled_back(linear), pulled_back(naive), rtol=1e-4)
+
+
+NESTED = {
+    "the weight twice": ((None, 0, None), (None, 0, 0)),
+    "bias and weight, x": ((None, 0, 0), (0, None, None)),
+    "x, weight": ((0, None, None), (None, 0, None)),
+    "bias, weight": ((None, None, 0), (None, 0, None)),
+    "x and weight, x and bias": ((0, 0, None), (0, None, 0)),
+    "weight, x twice": ((0, 0, None), (0, None, None)),
+}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("name", NESTED)
+def test_gradients_of_maps_inside_each_other(name, dtype):
+    inner, outer = NESTED[name]
+    rng = np.random.default_rng(0)
+    arrays = []
+    for shape, *axes in zip([(3, 4), (5, 4), (5,)], inner, outer, strict=True):
+        sizes = [2] * sum(axis == 0 for axis in axes)
+        arrays.append(rng.normal(size=(*sizes, *shape)).astype(dtype))
+    mapped = {
+        layer: jax.vmap(jax.vmap(layer, inner), outer) for layer in (linear, naive)
+    }
+    Y = mapped[naive](*[a.astype("float32") for a in arrays])
+    G = rng.normal(size=Y.shape).astype(dtype)
+    actual = jax.vjp(mapped[linear], *arrays)[1](G)
+    wider = [a.astype("float32") for a in arrays]
+    expected = jax.vjp(mapped[naive], *wider)[1](G.astype("float32"))
+    for ours, theirs in zip(actual, expected, strict=True):
+        tolerance = 2 * float(jnp.finfo(dtype).eps)
+        assert relative_error(ours, wide(theirs)) < tolerance

@@ -50,6 +50,18 @@ def test_our_policy_saves_the_outputs_and_no_forward_product_runs_again(dtype):
     assert products_of_backward(layer, OUTPUTS) == BACKWARD
 
 
+def test_our_policy_saves_the_output_of_a_frozen_layer():
+    x, weight = random_array(0, (ROWS, WIDTH), "float32"), jnp.ones((WIDTH, WIDTH))
+
+    @functools.partial(jax.checkpoint, policy=OUTPUTS)
+    def network(last):
+        return jnp.tanh(linear(jnp.tanh(linear(x, weight)), last))
+
+    Y, vjp = jax.vjp(network, weight)
+    compiled = jax.jit(lambda vjp, G: vjp(G)).lower(vjp, Y).compile()
+    assert len(re.findall(r" dot\(", compiled.as_text())) == 1
+
+
 @pytest.mark.parametrize("layer", [linear, naive])
 def test_policies_for_products_see_those_of_float32(layer):
     assert products_of_backward(layer, PRODUCTS) == BACKWARD
