@@ -67,9 +67,15 @@ def linear(
     as the naive formula does, unless the forward product is asked to leave in float32:
     what is not rounded would be written to memory first. With float32 weights and
     ``dtype=bfloat16`` the weight gradient therefore never passes through bfloat16.
-    Reverse mode of any order is supported, and forward mode of a gradient
-    (``jax.hessian``); forward mode of the layer itself needs
-    :func:`jaxlinear.plain_autodiff`.
+    Forward mode computes, of tangents dX, dW and dB::
+
+        dY = dX Wᵀ + X dWᵀ + dB
+
+    as the forward product is computed, with float32 sums that are rounded once, and no
+    product for an argument without a tangent. X and W are those that reverse mode
+    would read: in ``dWᵀ`` and ``dX`` no more bits count than the gradients' operands
+    have. Both modes may be combined to any order, and ``jax.linear_transpose`` has the
+    layer in ``x`` and ``bias``.
 
     The function is jitted. Its result has the checkpoint name ``"linear"``; the policy
     :func:`jaxlinear.save_linear_outputs` saves it.

@@ -1,4 +1,4 @@
-"""The naive formula, for what JAX or a library cannot do with a custom VJP."""
+"""The naive formula, for libraries that look for its product."""
 
 import contextlib
 from collections.abc import Iterator
@@ -16,16 +16,16 @@ _in_plain_autodiff = jax.make_user_context(default_value=False)
 def plain_autodiff() -> Iterator[None]:
     """A context in which ``linear`` is the naive formula, differentiated by autodiff.
 
-    It makes forward mode work through every layer of a model, without a change to the
-    model: ``jax.jvp``, ``linearize``, ``jacfwd``, ``hessian`` and reverse over forward.
-    Quantizers and curvature libraries that look for plain products find them: inside
+    It is for libraries that replace ``lax.dot_general`` or look for it in a program:
+    quantizers such as Qwix and AQT, and curvature libraries such as K-FAC-JAX. Inside
     the context ``linear`` is not jitted, and its product is one ``lax.dot_general``.
+    Nothing else needs it: every mode of differentiation works outside.
 
     What is computed is then what the naive formula computes: Y is rounded before the
     bias is added and again afterwards, and parameter gradients have the accuracy of the
     compute dtype. All three products have operands of ``dtype`` and the precision of
     the forward product; what else ``products`` asks for is checked and not used. The
-    result has no checkpoint name, which JAX cannot transpose.
+    result has no checkpoint name.
 
     The setting belongs to the thread and to the call: functions returned by
     ``jax.vjp``, ``jax.linearize`` or ``jax.jit(f).lower(...).compile()`` keep the one
@@ -36,8 +36,9 @@ def plain_autodiff() -> Iterator[None]:
       >>> import jax, jax.numpy as jnp, jaxlinear
       >>> x, weight = jnp.ones(3), jnp.ones((2, 3))
       >>> with jaxlinear.plain_autodiff():
-      ...     jax.jvp(lambda x: jaxlinear.linear(x, weight), (x,), (x,))[1]
-      Array([3., 3.], dtype=float32)
+      ...     program = jax.make_jaxpr(jaxlinear.linear)(x, weight)
+      >>> [equation.primitive.name for equation in program.eqns]
+      ['dot_general']
     """
     with _in_plain_autodiff(True):
         yield
