@@ -72,10 +72,10 @@ def linear(
         dY = dX Wᵀ + X dWᵀ + dB
 
     as the forward product is computed, with float32 sums that are rounded once, and no
-    product for an argument without a tangent. X and W are those that reverse mode
-    would read: in ``dWᵀ`` and ``dX`` no more bits count than the gradients' operands
-    have. Both modes may be combined to any order, and ``jax.linear_transpose`` has the
-    layer in ``x`` and ``bias``.
+    product for an argument without a tangent. X and W are what is kept for reverse
+    mode, so they have no more bits there than the operands of a gradient. Both modes
+    may be combined to any order, and ``jax.linear_transpose`` takes the layer as a
+    function of ``x``.
 
     The function is jitted. Its result has the checkpoint name ``"linear"``; the policy
     :func:`jaxlinear.save_linear_outputs` saves it.
@@ -278,10 +278,11 @@ _named = jax.checkpoint_policies.save_only_these_names("linear")
 
 
 def save_linear_outputs(primitive, *types, **parameters):
-    """A policy for ``jax.checkpoint``: save the result of every ``linear``, so that the
-    backward pass runs no forward product again, and recompute everything else.
+    """A policy for ``jax.checkpoint`` that saves the result of every ``linear``.
 
-    It is ``save_only_these_names("linear")``, and saves what is not differentiated, too.
+    The backward pass then runs no forward product again, and recomputes everything
+    else. It is ``save_only_these_names("linear")``, but for layers that are not
+    differentiated, which have no name.
     """
     is_map = primitive is linear_map_p
     is_layer = is_map and parameters["kind"].derivative is _derivative

@@ -167,3 +167,13 @@ def test_gradients_of_maps_inside_each_other(name, dtype):
     for ours, theirs in zip(actual, expected, strict=True):
         tolerance = 2 * float(jnp.finfo(dtype).eps)
         assert relative_error(ours, wide(theirs)) < tolerance
+
+
+def test_a_mapped_bias_costs_the_other_gradients_no_accuracy():
+    x, weight, bias = ARRAYS
+    biases = jnp.stack([bias, 2 * bias, -bias])
+    mapped = jax.vmap(functools.partial(linear, dtype="bfloat16"), (None, None, 0))
+    Y, vjp = jax.vjp(lambda weight: mapped(x, weight, biases), weight)
+    G = jnp.cos(7 * Y)
+    exact = np.einsum("uabo,abi->oi", wide(G), wide(x.astype("bfloat16")))
+    assert relative_error(vjp(G)[0], exact) < 1e-6

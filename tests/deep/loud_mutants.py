@@ -24,6 +24,7 @@ from jaxlinear import (
     _arguments,
     _cpu,
     _formulas,
+    _levels,
     _linear,
     _parameters,
     _plain,
@@ -164,7 +165,7 @@ def _():
     def unrounded(rule):
         def forward(x, weight, *rest):
             Y, (_, kept_W) = rule(x, weight, *rest)
-            return Y, (x.value if weight.perturbed else _linear._not_kept(), kept_W)
+            return Y, (x.value if weight.perturbed else None, kept_W)
 
         return forward
 
@@ -184,10 +185,78 @@ def _():
     replace_forward_rule(cast_again)
 
 
-@mutant("residuals of different structures", "test_caching.py")
+# Every mode, and maps.
+
+
+@mutant(
+    "a layer that JAX cannot transpose",
+    "test_table.py::test_the_layer_passes[gmres]",
+)
 def _():
-    replace(_linear, "_not_kept", lambda right: lambda: None)
-    replace(_linear, "_is_kept", lambda right: lambda residual: residual is not None)
+    replace(_linear, "_linear_in_every_mode", lambda right: _linear._linear)
+
+
+@mutant(
+    "an axis of x that is not one more leading axis",
+    "test_every_mode.py::test_a_map_over_x_costs_what_one_more_leading_axis_does",
+)
+def _():
+    def without(right):
+        return lambda *a: right(*a)._replace(leading=(False,) * 6)
+
+    replace(_linear, "_map", without)
+
+
+@mutant(
+    "axes of maps contracted in another order",
+    "test_every_mode.py::test_gradients_of_maps_inside_each_other",
+)
+def _():
+    def first(right):
+        return lambda product, to, place: right(product, to and 0, min(place, -2))
+
+    replace(_levels, "_contracted", first)
+
+
+SUMMED = "test_every_mode.py::test_a_mapped_bias_costs_the_other_gradients_no_accuracy"
+
+
+@mutant("cotangents added up in their own dtype", SUMMED)
+def _():
+    replace(_levels, "accumulator", lambda right: jnp.dtype)
+
+
+@mutant("sums of cotangents rounded to the operands' dtype", SUMMED)
+def _():
+    def rounded(right):
+        return lambda statics, residuals, G: right(
+            statics, residuals, G.astype(statics[1].dtype)
+        )
+
+    replace(_linear, "_transposed", rounded)
+
+
+@mutant(
+    "a tangent of two products that are rounded first",
+    "test_every_mode.py::test_a_tangent_of_two_products_is_rounded_once",
+)
+def _():
+    def rounded(right):
+        def of_each(statics, residuals, tangents):
+            one_by_one = [
+                right(
+                    statics,
+                    residuals,
+                    [t if k == j else None for k, t in enumerate(tangents)],
+                )
+                for j in range(3)
+                if tangents[j] is not None
+            ]
+            return sum(one_by_one[1:], one_by_one[0])
+
+        return of_each
+
+    replace(_linear, "_differential", rounded)
 
 
 # Forms on CPU.
@@ -454,7 +523,10 @@ def _():
     replace(_linear, "_apply", lambda right: _linear._apply_jitted)
 
 
-@mutant("a switch that does nothing", "test_table.py::test_the_layer_passes[jvp]")
+@mutant(
+    "a switch that does nothing",
+    "test_plain_autodiff.py::test_inside_a_float32_layer_is_one_product_and_one_sum",
+)
 def _():
     replace(_plain, "in_plain_autodiff", lambda right: lambda: False)
 

@@ -45,7 +45,9 @@ OPERATIONS = {
 
 
 class Case(NamedTuple):
-    """A program, of gradients or of a tangent. Each axis is a letter: a, b and c lead, i and o are the features.
+    """A program, of gradients or of a tangent.
+
+    Each axis is a letter: a, b and c lead, i and o are the features.
 
     u, v and w are the axes of the maps, of which u is the innermost.
     """
