@@ -21,8 +21,10 @@ def _line(*cells):
 def text(cells):
     """The page, of the cells of each row in the order of ``LAYERS``."""
     page = f"# JAX {jax.__version__}, Flax {flax.__version__}\n\n"
-    page += "Written by `cd tests && python -m table`. ✓: the values are right, or the costs"
-    page += " no more than the naive formula's; ✗: what was raised, or by how much.\n"
+    page += (
+        "Written by `cd tests && python -m table`. ✓: the values are right, or the costs"
+        " no more than\nthe naive formula's; ✗: what was raised, or by how much.\n"
+    )
     for topic, module in TOPICS.items():
         page += f"\n## {topic}\n\n"
         page += _line("", *LAYERS) + _line("---", *("---" for _ in LAYERS))
