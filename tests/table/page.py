@@ -22,7 +22,7 @@ def text(cells):
     """The page, of the cells of each row in the order of ``LAYERS``."""
     page = f"# JAX {jax.__version__}, Flax {flax.__version__}\n\n"
     page += (
-        "Written by `cd tests && python -m table`. ✓: the values are right, or the costs"
+        "Written by `cd tests && python -m table`. ✓: the values are right, or costs"
         " no more than\nthe naive formula's; ✗: what was raised, or by how much.\n"
     )
     for topic, module in TOPICS.items():
