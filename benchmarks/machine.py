@@ -16,6 +16,8 @@ PRODUCT_FILES = [
     ROOT / "jaxlinear" / name
     for name in (
         "_linear.py",
+        "_linear_map.py",
+        "_levels.py",
         "_formulas.py",
         "_product.py",
         "_cpu.py",

@@ -43,7 +43,15 @@ def mapped_over(levels, slots, function, copies=1):
     return function
 
 
-def cotangent(k, G, residuals, kind, levels):
+def cotangents(wanted, G, residuals, kind, levels):
+    """Those of the operands ``wanted``: all at once, or one by one where mapped."""
+    if levels:
+        return {k: _cotangent(k, G, residuals, kind, levels) for k in wanted}
+    every = kind.transpose(kind.statics, residuals, G)
+    return {k: every[k] for k in wanted}
+
+
+def _cotangent(k, G, residuals, kind, levels):
     """The cotangent of operand ``k``: an array for each element that it has."""
     read, cotangent_axis = kind.terms[k]
 

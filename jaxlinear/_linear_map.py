@@ -22,7 +22,7 @@ import jax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from jaxlinear._levels import Level, cotangent, depth, mapped_over, to_axis
+from jaxlinear._levels import Level, cotangents, depth, mapped_over, to_axis
 
 
 class Term(NamedTuple):
@@ -49,16 +49,14 @@ linear_map_p = Primitive("linear_map")
 
 def linear_map(kind, residuals, operands):
     """``kind`` of arrays. Those that are None take no part, and have no cotangent."""
-    present = {s: a for s, a in enumerate((*residuals, *operands)) if a is not None}
-    return linear_map_p.bind(
-        *present.values(), kind=kind, slots=tuple(present), levels=()
-    )
+    given = {s: a for s, a in enumerate((*residuals, *operands)) if a is not None}
+    return linear_map_p.bind(*given.values(), kind=kind, slots=tuple(given), levels=())
 
 
 def split(kind, slots, arguments):
     """The residuals and the operands, with None in the place of those not there."""
-    present = dict(zip(slots, arguments, strict=True))
-    every = [present.get(slot) for slot in range(len(kind.leading))]
+    given = dict(zip(slots, arguments, strict=True))
+    every = [given.get(slot) for slot in range(len(kind.leading))]
     return every[: -len(kind.terms)], every[-len(kind.terms) :]
 
 
@@ -120,15 +118,10 @@ ad.primitive_jvps[linear_map_p] = _jvp
 
 
 def _transpose(G, *arguments, kind, slots, levels):
-    G = ad.instantiate_zeros(G)
     residuals, operands = split(kind, slots, arguments)
     wanted = [k for k, o in enumerate(operands) if ad.is_undefined_primal(o)]
-    if levels:
-        found = {k: cotangent(k, G, residuals, kind, levels) for k in wanted}
-    else:
-        found = dict(enumerate(kind.transpose(kind.statics, residuals, G)))
-    found = {len(residuals) + k: found[k] for k in wanted}
-    return [found.get(slot) for slot in slots]
+    found = cotangents(wanted, ad.instantiate_zeros(G), residuals, kind, levels)
+    return [found.get(slot - len(residuals)) for slot in slots]
 
 
 ad.primitive_transposes[linear_map_p] = _transpose
@@ -145,12 +138,12 @@ def _batch(axis, arguments, places, *, kind, slots, levels):
         return bind(*arguments, levels=levels), None
     if mapped == {slot for slot in slots if kind.leading[slot]}:
         # Behind the axes of the levels, which are the first.
-        to = [depth(levels, slot) for slot in slots]
-        return bind(*map(to_axis, arguments, places, to), levels=levels), len(levels)
-    axes = tuple(0 if s in mapped else None for s in range(len(kind.leading)))
-    level = Level(axes, axis.size, axis.spmd_name)
-    arguments = map(to_axis, arguments, places, [0] * len(slots))
-    return bind(*arguments, levels=(*levels, level)), 0
+        to, place = [depth(levels, slot) for slot in slots], len(levels)
+    else:
+        to, place = [0] * len(slots), 0
+        axes = tuple(0 if s in mapped else None for s in range(len(kind.leading)))
+        levels = (*levels, Level(axes, axis.size, axis.spmd_name))
+    return bind(*map(to_axis, arguments, places, to), levels=levels), place
 
 
 batching.fancy_primitive_batchers[linear_map_p] = _batch
