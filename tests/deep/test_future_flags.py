@@ -1,9 +1,9 @@
 """The table of transformations under the flags of JAX's next implementations.
 
 They are read when JAX is imported, so each runs in a process of its own. The yardstick
-is the naive formula: what it cannot do under a flag, the layer need not. With JAX_REMAT3
-it has the layer's checkpoint name, of which JAX 0.10.2 knows no `jax.vmap` there; JAX
-0.12.0.1 does, and no row fails.
+is the naive formula: what it cannot do under a flag, the layer need not. For JAX_REMAT3
+that formula has the layer's checkpoint name, of which JAX 0.10.2 knows no `jax.vmap`
+there; JAX 0.12.0.1 does, and no row fails.
 """
 
 import json
@@ -36,7 +36,7 @@ print(json.dumps([ours, failures({"naive": naive, "named": named}[sys.argv[1]], 
 
 
 @pytest.mark.parametrize(
-    "flag, yardstick",
+    ("flag", "yardstick"),
     [
         ("JAX_CUSTOM_VJP3", "naive"),
         ("JAX_CUSTOM_JVP3", "naive"),
