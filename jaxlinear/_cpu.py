@@ -13,6 +13,7 @@ machine on which it was exported: it runs everywhere, with the same values.
 
 import functools
 import re
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import jax
@@ -71,7 +72,11 @@ def _has_bfloat16_instructions():
     """
     cpu = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     scalar = jax.ShapeDtypeStruct((), "float32", sharding=cpu)
-    compiled = jax.jit(lambda x: x).lower(scalar).compile()
+    # In a thread of its own, where no mesh is set: the caller's may have other devices.
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        compiled = thread.submit(
+            lambda: jax.jit(lambda x: x).lower(scalar).compile()
+        ).result()
     try:
         program, *_ = serialize_executable.serialize(compiled)
     except (RuntimeError, ValueError):
