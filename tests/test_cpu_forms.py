@@ -27,9 +27,9 @@ def test_bfloat16_instructions_are_those_that_the_system_lists():
     flags = set(pathlib.Path("/proc/cpuinfo").read_text().split())
     listed = not flags.isdisjoint({"avx512_bf16", "amx_bf16"})
     assert _cpu._has_bfloat16_instructions() is listed
-    with jax.set_mesh(
-        jax.make_mesh((8,), ("data",))
-    ):  # in which the layer may be called
+    # And where the layer is first called in a mesh.
+    mesh = jax.make_mesh((8,), ("data",))
+    with jax.set_mesh(mesh):
         assert _cpu._has_bfloat16_instructions() is listed
 
 
