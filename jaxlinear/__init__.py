@@ -8,6 +8,9 @@ from jaxlinear._linear import linear as linear
 from jaxlinear._linear import save_linear_outputs as save_linear_outputs
 from jaxlinear._plain import plain_autodiff as plain_autodiff
 from jaxlinear._product import ALTERNATIVE_FLOAT16 as ALTERNATIVE_FLOAT16
+from jaxlinear._product import FLOAT8 as FLOAT8
+from jaxlinear._product import FLOAT8_E4M3 as FLOAT8_E4M3
+from jaxlinear._product import INT8 as INT8
 from jaxlinear._product import Product as Product
 from jaxlinear._product import Products as Products
 from jaxlinear.inspect import explain as explain

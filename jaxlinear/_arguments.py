@@ -9,7 +9,7 @@ import functools
 import inspect
 import operator
 import sys
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,14 @@ import numpy as np
 from jax import lax
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from jaxlinear._product import Product, Products, accumulator, is_algorithm
+from jaxlinear._product import (
+    EIGHT_BIT_PAIRS,
+    Product,
+    Products,
+    Scaling,
+    accumulator,
+    is_algorithm,
+)
 
 # Arrays.
 
@@ -159,17 +166,19 @@ def _checked_product(name, product, precision, dtype):
         )
     if product.precision is not None:
         precision = checked_precision(f"{name}.precision", product.precision)
-    preferred = checked_optional_dtype(
-        f"{name}.preferred_element_type", product.preferred_element_type
-    )
-    product = Product(_checked_operands(name, product), precision, preferred)
-    if dtype is not None or product.dtype is not None:
+    own = _checked_operands(name, product)
+    preferred = product.preferred_element_type
+    if preferred is not None:
+        also = "int32" if own == EIGHT_BIT_PAIRS[-1] else None
+        preferred = _checked_element(f"{name}.preferred_element_type", preferred, also)
+    product = Product(own, precision, preferred, _checked_scaling(name, product, own))
+    if dtype is not None or own is not None:
         _check_kinds(name, product, dtype)
     return product
 
 
 def _checked_operands(name, product):
-    """The dtype of both operands, or ``"alternative_float16"``, or None."""
+    """The dtype of both operands, or a pair of 8 bits, or a name, or None."""
     if product.dtype is None:
         return None
     if product.is_alternative_float16:
@@ -180,24 +189,63 @@ def _checked_operands(name, product):
             )
         return product.dtype
     name = f"{name}.dtype"
-    if not isinstance(product.dtype, tuple | list):
-        return checked_dtype(name, product.dtype)
-    if len(product.dtype) != 2:
+    pair = product.dtype
+    if not isinstance(pair, tuple | list):
+        pair = pair, pair
+    if len(pair) != 2:
         raise ValueError(f"`{name}` must be one dtype or two, got {product.dtype!r}")
-    first, second = (checked_dtype(name, dtype) for dtype in product.dtype)
+    first, second = (_checked_element(name, dtype, also="int8") for dtype in pair)
+    if (first, second) in EIGHT_BIT_PAIRS:
+        return first, second
+    if min(first.itemsize, second.itemsize) == 1:
+        known = ", ".join(f"({a}, {b})" for a, b in EIGHT_BIT_PAIRS)
+        raise ValueError(
+            f"`{name}` of 8 bits must be a pair that some platform multiplies, one of"
+            f" {known}, got {first} and {second}"
+        )
     if first != second:
         raise ValueError(f"`{name}` must be two equal dtypes, got {first} and {second}")
     return first
 
 
+def _checked_element(name, dtype, also):
+    """``dtype`` as a floating or complex dtype, or that which is ``also`` one."""
+    is_dtype = isinstance(dtype, (str, np.dtype, type))
+    if is_dtype and also in (dtype, getattr(dtype, "__name__", None)):
+        return jnp.dtype(also)
+    return checked_dtype(name, dtype)
+
+
+def _checked_scaling(name, product, own):
+    """That of a product of 8 bits, and None for any other."""
+    scaling, name = product.scaling, f"{name}.scaling"
+    if isinstance(own, tuple):
+        scaling = "per_tensor" if scaling is None else scaling
+        if scaling not in get_args(Scaling):
+            known = " or ".join(map(repr, get_args(Scaling)))
+            raise ValueError(f"`{name}` must be {known}, got {scaling!r}")
+    elif scaling is not None:
+        raise ValueError(f"`{name}` must be None without 8 bits, got {scaling!r}")
+    return scaling
+
+
 def _check_kinds(name, product, dtype):
     """Refuse dtypes that do not go together; ``dtype`` is the layer's, or None."""
-    own = dtype if product.dtype is None else product.operand_dtype
-    if dtype is not None and _kind(own) != _kind(dtype):
-        raise TypeError(
-            f"`{name}.dtype` must be {_kind(dtype)} as {dtype} is, got {own}"
-        )
-    preferred, allowed = product.preferred_element_type, (accumulator(own), own)
+    if product.is_scaled:
+        allowed = (accumulator(product.dtype[0]),)
+        if dtype is not None and _kind(dtype) != "floating":
+            raise TypeError(
+                f"`{name}.dtype` of 8 bits must be in a layer of a floating dtype, got"
+                f" {dtype}"
+            )
+    else:
+        own = dtype if product.dtype is None else product.operand_dtype
+        allowed = accumulator(own), own
+        if dtype is not None and _kind(own) != _kind(dtype):
+            raise TypeError(
+                f"`{name}.dtype` must be {_kind(dtype)} as {dtype} is, got {own}"
+            )
+    preferred = product.preferred_element_type
     if preferred is not None and preferred not in allowed:
         allowed = " or ".join(dict.fromkeys(map(str, allowed)))
         raise TypeError(
@@ -228,8 +276,12 @@ def completed(products, dtype, x, weight, bias):
         if product.precision is None:
             product = product._replace(precision=precision)
         if product.preferred_element_type is not None:
-            return product
-        own = product.operand_dtype
+            if not product.is_scaled:
+                return product
+            # An int32 sum leaves scaled, so in float32, too.
+            return product._replace(preferred_element_type=jnp.dtype("float32"))
+        # Of 8 bits as if the operands had those of the layer.
+        own = dtype if product.is_scaled else product.operand_dtype
         if own != result:  # The product must not round to another dtype first.
             own = accumulator(own)
         elif name == "forward" and bias is not None and own != accumulator(own):

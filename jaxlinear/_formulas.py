@@ -1,18 +1,17 @@
 """The formulas: three products, each computed as its ``Product`` says, and a sum.
 
 X is (*, in), W (out, in), B (out,), and G and Y are (*, out). Each function casts its
-operands, accumulates in at least float32 and rounds to the type that it is given.
+operands, or quantizes them, accumulates in at least float32 and rounds to the type that
+it is given.
 """
-
-import contextlib
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.xla_metadata import set_xla_metadata
 
-from jaxlinear._cpu import cpu_form
+from jaxlinear._multiply import multiply_arrays
 from jaxlinear._product import accumulator
+from jaxlinear._quantized import multiply_quantized
 from jaxlinear._sharding import rounded_over_devices
 
 
@@ -69,38 +68,10 @@ def bias_gradient(G, B_type):
 
 
 def multiply(a, b, contracted_axes, product, sharding, hint=""):
-    """The product of two arrays as ``product`` says, with nothing left open in it.
-
-    ``hint`` is XLA's name for the gradient, by which ROCm's libraries know that they
-    may multiply it in their alternative float16.
-    """
-    is_hinted = product.is_alternative_float16
-    hinted = set_xla_metadata(**{hint: "true"}) if is_hinted else _UNHINTED
-    a, b = a.astype(product.operand_dtype), b.astype(product.operand_dtype)
-
-    def plain(a, b):
-        with hinted:
-            return lax.dot_general(
-                a,
-                b,
-                (contracted_axes, ((), ())),
-                precision=product.precision,
-                preferred_element_type=product.preferred_element_type,
-                out_sharding=sharding,
-            )
-
-    form = cpu_form(a, b, contracted_axes, product, sharding)
-    if form is None:
-        return plain(a, b)
-
-    def on_cpu(a, b):
-        return form(a, b).astype(product.preferred_element_type)
-
-    # Resolved when lowering: one exported program serves every platform.
-    return lax.platform_dependent(a, b, cpu=on_cpu, default=plain)
-
-
-_UNHINTED = contextlib.nullcontext()
+    """The product of two operands: arrays, or in 8 bits with a scale already."""
+    if product.is_scaled:
+        return multiply_quantized(a, b, contracted_axes, product, sharding)
+    return multiply_arrays(a, b, contracted_axes, product, sharding, hint)
 
 
 def round_to(dtype, cotangent):

@@ -3,13 +3,14 @@
 import jax.numpy as jnp
 from jax.experimental.jet import jet_rules
 
-from jaxlinear._linear_map import linear_map_p, split
+from jaxlinear._linear_map import linear_map_p, slots_of
 
 
-def _jet(primals, series, *, kind, slots, levels):
+def _jet(primals, series, *, kind, tree, levels):
     """The series of a product: each term is a sum of those before it."""
     arguments = [[p, *s] for p, s in zip(primals, series, strict=True)]
-    residual_slots, operand_slots = split(kind, slots, slots)
+    slots = slots_of(tree)
+    residual_slots, operand_slots = tree.unflatten(slots)
     # An operand that is multiplied by no residual stands beside the value of one only.
     alone = [
         s for s, t in zip(operand_slots, kind.terms, strict=True) if t.residual is None
@@ -21,7 +22,7 @@ def _jet(primals, series, *, kind, slots, levels):
         for slot, coefficients in zip(slots, arguments, strict=True):
             a = coefficients[i if slot in residual_slots else j]
             chosen.append(jnp.zeros_like(a) if i > 0 and slot in alone else a)
-        return linear_map_p.bind(*chosen, kind=kind, slots=slots, levels=levels)
+        return linear_map_p.bind(*chosen, kind=kind, tree=tree, levels=levels)
 
     first, *rest = (
         sum(term(i, order - i) for i in range(order + 1))

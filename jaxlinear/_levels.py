@@ -5,6 +5,7 @@ Its value is ``apply`` under as many `jax.vmap`. Its transpose is that of each o
 mapped where the operand is, and contracted, not added up, where only the residual is.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -81,7 +82,8 @@ def _cotangent(k, G, residuals, kind, levels):
 def _contracted(product, residual_axis, cotangent_axis):
     def of_one_more_axis(residual, G):
         if residual is not None:
-            residual = jnp.moveaxis(residual, 0, residual_axis)
+            to = partial(jnp.moveaxis, source=0, destination=residual_axis)
+            residual = jax.tree.map(to, residual)
         return product(residual, jnp.moveaxis(G, 0, cotangent_axis))
 
     return of_one_more_axis

@@ -31,6 +31,7 @@ from jaxlinear._formulas import (
 from jaxlinear._linear_map import LinearMap, Term, linear_map, linear_map_p
 from jaxlinear._plain import in_plain_autodiff, plain_linear
 from jaxlinear._product import Products, accumulator
+from jaxlinear._quantized import as_operand
 from jaxlinear._sharding import (
     ArrayType,
     broadcast_over_rows,
@@ -179,16 +180,20 @@ def _linear(x, weight, bias, products, Y_type, gradient_types):
 #     ∂Loss/∂b_o  = Σ_n g_no           ∇B = Σ G
 #
 # ∇X reads W, ∇W reads X and ∇B neither, so each operand is kept only if the other
-# one is differentiated, and it is kept in the dtype in which the rule multiplies it.
+# one is differentiated, and it is kept as the rule multiplies it: in the product's dtype,
+# and of 8 bits with its scale.
 
 
 def _linear_forward(x, weight, bias, products, Y_type, gradient_types):
-    forward, input_grad, weight_grad = (p.operand_dtype for p in products)
-    X, W = x.value.astype(forward), weight.value.astype(forward)
-    Y = forward_product(X, W, bias and bias.value, products.forward, Y_type)
-    X = X if weight_grad == forward else x.value.astype(weight_grad)
-    W = W if input_grad == forward else weight.value.astype(input_grad)
-    return Y, (X if weight.perturbed else None, W if x.perturbed else None)
+    (X, W, B), (forward, input_grad, weight_grad) = (
+        (x.value, weight.value, bias and bias.value),
+        products,
+    )
+    Y = forward_product(X, W, B, forward, Y_type)
+    leading = tuple(range(X.ndim - 1))
+    X = as_operand(X, weight_grad, 1, leading) if weight.perturbed else None
+    W = as_operand(W, input_grad, 1, (0,)) if x.perturbed else None
+    return Y, (X, W)
 
 
 def _linear_backward(products, Y_type, gradient_types, residuals, G):
@@ -238,6 +243,8 @@ def _differential(statics, residuals, tangents):
     """dY, as the forward product is computed, and rounded once."""
     (forward, *_), Y_type, _ = statics
     (X, W, rows), (dX, dW, dB) = residuals, tangents
+    if forward.is_scaled:  # Tangents are not quantized.
+        forward = forward._replace(dtype=Y_type.dtype, scaling=None)
     if dX is not None and dW is not None:
         wide = Y_type._replace(dtype=accumulator(Y_type.dtype))
         kept = forward._replace(
@@ -256,9 +263,13 @@ def _differential(statics, residuals, tangents):
 def _transposed(statics, residuals, G):
     (X, W, _), (products, Y_type, gradient_types) = residuals, statics
     if G.dtype != Y_type.dtype:  # A sum over what is mapped, which has more bits.
-        wide = {"dtype": G.dtype, "preferred_element_type": G.dtype}
-        products = Products(*(p._replace(**wide) for p in products))
+        products = Products(*(_of_wide(p, G.dtype) for p in products))
     return _linear_backward(products, Y_type, gradient_types, (X, W), G)
+
+
+def _of_wide(product, dtype):
+    own = product.dtype if product.is_scaled else dtype
+    return product._replace(dtype=own, preferred_element_type=dtype)
 
 
 def _map(apply, statics, derivative=None):
@@ -266,9 +277,10 @@ def _map(apply, statics, derivative=None):
 
     The rows are an empty array (*, 0), with the leading axes where no other has them.
     """
-    _, _, gradient_types = statics
-    # A sharding is one of so many leading axes, and no more.
+    products, _, gradient_types = statics
+    # A sharding is one of so many leading axes, and no more; a scale of one tensor.
     has_rows = not any(t and t.sharding for t in gradient_types)
+    has_rows &= not any(p.scaling == "per_tensor" for p in products)
     terms = Term(residual=1, cotangent_axis=-2), Term(residual=0), Term(residual=None)
     leading = has_rows, False, has_rows, has_rows, False, False
     return LinearMap(apply, _transposed, terms, leading, statics, derivative)

@@ -15,7 +15,7 @@ such a map itself, with that derivative. JAX knows the primitive by its four rul
 """
 
 from collections.abc import Callable, Hashable
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import jax
@@ -49,26 +49,27 @@ linear_map_p = Primitive("linear_map")
 
 def linear_map(kind, residuals, operands):
     """``kind`` of arrays. Those that are None take no part, and have no cotangent."""
-    given = {s: a for s, a in enumerate((*residuals, *operands)) if a is not None}
-    return linear_map_p.bind(*given.values(), kind=kind, slots=tuple(given), levels=())
+    arrays, tree = jax.tree.flatten(((*residuals,), (*operands,)))
+    return linear_map_p.bind(*arrays, kind=kind, tree=tree, levels=())
 
 
-def split(kind, slots, arguments):
-    """The residuals and the operands, with None in the place of those not there."""
-    given = dict(zip(slots, arguments, strict=True))
-    every = [given.get(slot) for slot in range(len(kind.leading))]
-    return every[: -len(kind.terms)], every[-len(kind.terms) :]
+@cache
+def slots_of(tree):
+    """Which residual or operand each array is, or a part of."""
+    residuals, operands = tree.unflatten(range(tree.num_leaves))
+    every = enumerate((*residuals, *operands))
+    return tuple(slot for slot, arrays in every for _ in jax.tree.leaves(arrays))
 
 
 # 1. The value. Being jitted, ``apply`` is traced once for each signature.
 
 
-@partial(jax.jit, static_argnames=("kind", "slots", "levels"), inline=True)
-def _apply(*arguments, kind, slots, levels):
+@partial(jax.jit, static_argnames=("kind", "tree", "levels"), inline=True)
+def _apply(*arguments, kind, tree, levels):
     def apply(arguments):
-        return kind.apply(kind.statics, *split(kind, slots, arguments))
+        return kind.apply(kind.statics, *tree.unflatten(arguments))
 
-    return mapped_over(levels, slots, apply)([*arguments])
+    return mapped_over(levels, slots_of(tree), apply)([*arguments])
 
 
 linear_map_p.def_impl(_apply)
@@ -81,22 +82,22 @@ mlir.register_lowering(linear_map_p, mlir.lower_fun(_apply, multiple_results=Fal
 # makes of ``apply``.
 
 
-def _jvp(primals, tangents, *, kind, slots, levels):
+def _jvp(primals, tangents, *, kind, tree, levels):
     moving = [None if type(t) is ad.Zero else t for t in tangents]
     if kind.derivative is None:
-        return _jvp_of_products(primals, tangents, moving, kind, slots, levels)
+        return _jvp_of_products(primals, tangents, moving, kind, tree, levels)
 
     def derivative(both):
-        primals, tangents = (split(kind, slots, arguments) for arguments in both)
-        return kind.derivative(kind.statics, primals, tangents)
+        return kind.derivative(kind.statics, *map(tree.unflatten, both))
 
-    return mapped_over(levels, slots, derivative, copies=2)([[*primals], moving])
+    function = mapped_over(levels, slots_of(tree), derivative, copies=2)
+    return function([[*primals], moving])
 
 
-def _jvp_of_products(primals, tangents, moving, kind, slots, levels):
-    bind = partial(linear_map_p.bind, kind=kind, slots=slots, levels=levels)
-    apply = partial(_apply, kind=kind, slots=slots, levels=levels)
-    count = sum(slot < len(kind.leading) - len(kind.terms) for slot in slots)
+def _jvp_of_products(primals, tangents, moving, kind, tree, levels):
+    bind = partial(linear_map_p.bind, kind=kind, tree=tree, levels=levels)
+    apply = partial(_apply, kind=kind, tree=tree, levels=levels)
+    count = len(jax.tree.leaves(tree.unflatten(primals)[0]))
     residuals = {k: t for k, t in enumerate(moving[:count]) if t is not None}
 
     def of_residuals(some):
@@ -117,11 +118,11 @@ ad.primitive_jvps[linear_map_p] = _jvp
 # 3. The transpose: ``transpose``, or that of each operand by itself where it is mapped.
 
 
-def _transpose(G, *arguments, kind, slots, levels):
-    residuals, operands = split(kind, slots, arguments)
+def _transpose(G, *arguments, kind, tree, levels):
+    residuals, operands = tree.unflatten(arguments)
     wanted = [k for k, o in enumerate(operands) if ad.is_undefined_primal(o)]
     found = cotangents(wanted, ad.instantiate_zeros(G), residuals, kind, levels)
-    return [found.get(slot - len(residuals)) for slot in slots]
+    return [found.get(slot - len(residuals)) for slot in slots_of(tree)]
 
 
 ad.primitive_transposes[linear_map_p] = _transpose
@@ -131,8 +132,8 @@ ad.primitive_transposes[linear_map_p] = _transpose
 # nothing else, the axis is one more of these: the others have one cotangent, a sum.
 
 
-def _batch(axis, arguments, places, *, kind, slots, levels):
-    bind = partial(linear_map_p.bind, kind=kind, slots=slots)
+def _batch(axis, arguments, places, *, kind, tree, levels):
+    bind, slots = partial(linear_map_p.bind, kind=kind, tree=tree), slots_of(tree)
     mapped = {s for s, p in zip(slots, places, strict=True) if p is not None}
     if not mapped:
         return bind(*arguments, levels=levels), None

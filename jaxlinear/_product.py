@@ -4,34 +4,47 @@ The same objects, with nothing left open in them, are what the op carries
 (:func:`jaxlinear._arguments.completed`) and what chooses a form on CPU.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
+Scaling = Literal["per_tensor", "per_row"]
+
 
 class Product(NamedTuple):
     """How one product of a linear layer is computed. None is the layer's default.
 
     Attributes:
-      dtype: floating or complex dtype to which the operands are cast: one, or a pair in
-        the order of the formula, (X, W), (G, W) or (G, X), of which both must be equal.
-        Or, for a gradient, ``"alternative_float16"``: see
+      dtype: dtype to which the operands are cast: one, or a pair in the order of the
+        formula, (X, W), (G, W) or (G, X). Floating or complex, and then both must be
+        equal. Or of 8 bits, ``int8``, ``float8_e4m3fn``, ``float8_e5m2`` or what AMD
+        has in their place, ``float8_e4m3fnuz`` and ``float8_e5m2fnuz``: the operands
+        are then scaled, and the product accumulates in int32 or float32. A pair may be
+        of two kinds of float8, but not e5m2 twice, which no platform multiplies. Or,
+        for a gradient, ``"alternative_float16"``: see
         :data:`jaxlinear.ALTERNATIVE_FLOAT16`.
       precision: as in :func:`jax.lax.dot_general`: a ``jax.lax.Precision``, a
         ``jax.lax.DotAlgorithmPreset``, the name of either, or one for each operand. The
         derivatives of a product have its precision.
       preferred_element_type: dtype in which the product leaves its accumulator, so the
         one in which partial sums are added across devices: that of the operands, or
-        their accumulator's (float32 for float16 and bfloat16). Default: that of the
-        result, or the accumulator's where another rounding would follow.
+        their accumulator's (float32 for float16, bfloat16 and float8, int32 for int8);
+        for 8 bits the accumulator's alone. Default: that of the result, or the
+        accumulator's where another rounding would follow.
+      scaling: of 8-bit operands. ``"per_tensor"``: each has one scale. ``"per_row"``:
+        each has one for every index of its axes that are not contracted, so for every
+        token and every output channel in the forward product. A scale is float32, and
+        the largest finite magnitude of the values at hand over the largest that the
+        dtype has. Default: ``"per_tensor"``.
     """
 
     dtype: DTypeLike | tuple[DTypeLike, DTypeLike] | None = None
     precision: lax.PrecisionLike = None
     preferred_element_type: DTypeLike | None = None
+    scaling: Scaling | None = None
 
     @property
     def is_alternative_float16(self) -> bool:
@@ -39,8 +52,16 @@ class Product(NamedTuple):
 
     @property
     def operand_dtype(self) -> np.dtype:
-        """The dtype of both operands, where it is not left to the layer."""
+        """The dtype of both operands, of more than 8 bits, where it is not left open.
+
+        That of X, W and G before they are scaled is no part of an 8-bit product.
+        """
         return jnp.dtype("float16" if self.is_alternative_float16 else self.dtype)
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether the operands have 8 bits and a scale, in a checked product."""
+        return self.scaling is not None
 
 
 class Products(NamedTuple):
@@ -66,6 +87,33 @@ ALTERNATIVE_FLOAT16 = Products(
 """Gradients in float16 with a hint to AMD GPUs (ROCm), some of which then multiply in
 bfloat16 inside, as they do for PyTorch. Not run on such hardware."""
 
+_E4M3 = Product("float8_e4m3fn", scaling="per_tensor")
+_E5M2 = Product(("float8_e5m2", "float8_e4m3fn"), scaling="per_tensor")
+_INT8 = Product("int8", scaling="per_row")
+
+FLOAT8 = Products(_E4M3, _E5M2, _E5M2)
+"""X and W in ``float8_e4m3fn`` and G, which has a wider range, in ``float8_e5m2``, each
+with one scale: the recipe of Micikevicius et al., FP8 Formats for Deep Learning (2022),
+with the scale of the tensor at hand."""
+
+FLOAT8_E4M3 = Products(_E4M3, _E4M3, _E4M3)
+"""All of X, W and G in ``float8_e4m3fn``, each with one scale: one bit more for G."""
+
+INT8 = Products(_INT8, _INT8, _INT8)
+"""All of X, W and G in ``int8``, with a scale for every row of each product."""
+
+
+_OF_TWO_KINDS = (
+    ("float8_e4m3fn", "float8_e5m2"),
+    ("float8_e4m3fnuz", "float8_e5m2fnuz"),  # AMD's
+)
+EIGHT_BIT_PAIRS = tuple(
+    (jnp.dtype(a), jnp.dtype(b))
+    for e4m3, e5m2 in _OF_TWO_KINDS
+    for a, b in [(e4m3, e4m3), (e5m2, e4m3), (e4m3, e5m2)]
+) + ((jnp.dtype("int8"), jnp.dtype("int8")),)
+"""The pairs of 8-bit dtypes that some platform multiplies."""
+
 
 def is_algorithm(precision):
     return isinstance(precision, lax.DotAlgorithmPreset | lax.DotAlgorithm)
@@ -73,5 +121,7 @@ def is_algorithm(precision):
 
 def accumulator(dtype):
     """The dtype in which sums of ``dtype`` are accumulated: float32 at least."""
+    if dtype == "int8":
+        return jnp.dtype("int32")
     is_low = jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits < 32
     return jnp.dtype("float32") if is_low else jnp.dtype(dtype)
