@@ -19,6 +19,8 @@ PRODUCT_FILES = [
         "_linear_map.py",
         "_levels.py",
         "_formulas.py",
+        "_multiply.py",
+        "_quantized.py",
         "_product.py",
         "_cpu.py",
         "_sharding.py",

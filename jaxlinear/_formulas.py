@@ -11,7 +11,7 @@ from jax import lax
 
 from jaxlinear._multiply import multiply_arrays
 from jaxlinear._product import accumulator
-from jaxlinear._quantized import multiply_quantized
+from jaxlinear._quantized import Quantized, as_operand, multiply_quantized
 from jaxlinear._sharding import rounded_over_devices
 
 
@@ -68,10 +68,14 @@ def bias_gradient(G, B_type):
 
 
 def multiply(a, b, contracted_axes, product, sharding, hint=""):
-    """The product of two operands: arrays, or in 8 bits with a scale already."""
-    if product.is_scaled:
-        return multiply_quantized(a, b, contracted_axes, product, sharding)
-    return multiply_arrays(a, b, contracted_axes, product, sharding, hint)
+    """The product of two operands, or of arrays that are to be operands."""
+    if not product.is_scaled:
+        return multiply_arrays(a, b, contracted_axes, product, sharding, hint)
+    a, b = (
+        o if isinstance(o, Quantized) else as_operand(o, product, k, contracted_axes[k])
+        for k, o in enumerate((a, b))
+    )
+    return multiply_quantized(a, b, contracted_axes, product, sharding)
 
 
 def round_to(dtype, cotangent):

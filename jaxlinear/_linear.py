@@ -31,7 +31,7 @@ from jaxlinear._formulas import (
 from jaxlinear._linear_map import LinearMap, Term, linear_map, linear_map_p
 from jaxlinear._plain import in_plain_autodiff, plain_linear
 from jaxlinear._product import Products, accumulator
-from jaxlinear._quantized import as_operand
+from jaxlinear._quantized import as_operand, as_shared_operand, kept
 from jaxlinear._sharding import (
     ArrayType,
     broadcast_over_rows,
@@ -185,24 +185,24 @@ def _linear(x, weight, bias, products, Y_type, gradient_types):
 
 
 def _linear_forward(x, weight, bias, products, Y_type, gradient_types):
-    (X, W, B), (forward, input_grad, weight_grad) = (
-        (x.value, weight.value, bias and bias.value),
-        products,
-    )
-    Y = forward_product(X, W, B, forward, Y_type)
-    leading = tuple(range(X.ndim - 1))
-    X = as_operand(X, weight_grad, 1, leading) if weight.perturbed else None
-    W = as_operand(W, input_grad, 1, (0,)) if x.perturbed else None
-    return Y, (X, W)
+    forward, input_grad, weight_grad = products
+    *leading, last = range(x.value.ndim)
+    X = as_operand(x.value, forward, 0, (last,))
+    W = as_operand(weight.value, forward, 1, (1,))
+    Y = forward_product(X, W, bias and bias.value, forward, Y_type)
+    X = as_operand(x.value, weight_grad, 1, (*leading,), made=X)
+    W = as_operand(weight.value, input_grad, 1, (0,), made=W)
+    return Y, (kept(X) if weight.perturbed else None, kept(W) if x.perturbed else None)
 
 
 def _linear_backward(products, Y_type, gradient_types, residuals, G):
     X, W = residuals
     _, input_grad, weight_grad = products
     X_type, W_type, B_type = gradient_types
+    grad_B = None if B_type is None else bias_gradient(G, B_type)
+    G = as_shared_operand(G, input_grad, weight_grad)
     grad_X = None if W is None else input_gradient(G, W, input_grad, X_type)
     grad_W = None if X is None else weight_gradient(G, X, weight_grad, W_type)
-    grad_B = None if B_type is None else bias_gradient(G, B_type)
     return grad_X, grad_W, grad_B
 
 

@@ -16,85 +16,121 @@ from jax.custom_derivatives import SymbolicZero
 
 from jaxlinear._multiply import multiply_arrays
 from jaxlinear._product import Product
+from jaxlinear._sharding import sharded_like
 
 
 class Quantized(NamedTuple):
     """An array in 8 bits, ``values * scale``.
 
     The scale is float32 and has the axes of the values, of length one where it is
-    shared along them.
+    shared along them. ``array`` is what was quantized, for derivatives, and None where
+    it is not kept.
     """
 
     values: jax.Array
     scale: jax.Array
+    array: jax.Array | None = None
 
     @property
     def ndim(self):
         return self.values.ndim
 
+    @property
+    def dtype(self):
+        return self.values.dtype
+
     def astype(self, dtype):
         return (self.values.astype(jnp.float32) * self.scale).astype(dtype)
 
 
-def as_operand(array, product, position, contracted_axes):
-    """``array`` as ``product`` multiplies it, in the ``position`` 0 or 1: cast, or quantized."""
+def as_operand(array, product, position, contracted_axes, made=None):
+    """``array`` as ``product`` multiplies it, in the ``position`` 0 or 1.
+
+    It is cast, or quantized; ``made`` is the operand of another product, which is taken
+    where it is the same.
+    """
     if not product.is_scaled:
-        return array.astype(product.operand_dtype)
+        is_same = made is not None and made.dtype == product.operand_dtype
+        return made if is_same else array.astype(product.operand_dtype)
     is_per_row = product.scaling == "per_row"
-    axes = contracted_axes if is_per_row else tuple(range(array.ndim))
-    return _quantized(array, product.dtype[position], axes)
+    shared_axes = contracted_axes if is_per_row else tuple(range(array.ndim))
+    dtype = product.dtype[position]
+    if isinstance(made, Quantized) and made.dtype == dtype:
+        if all((n == 1) == (i in shared_axes) for i, n in enumerate(made.scale.shape)):
+            return made
+    # Products have derivatives of their own, for the array.
+    return _quantized(lax.stop_gradient(array), dtype, shared_axes)._replace(array=array)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def as_shared_operand(array, *products):
+    """``array`` as the first operand of several products, where it is one and the same.
+
+    Its scale is then found once, and over several devices in one collective.
+    """
+    own = {(p.dtype[0], p.scaling) for p in products if p.is_scaled}
+    is_shared = len(own) == 1 and all(p.scaling == "per_tensor" for p in products)
+    return as_operand(array, products[0], 0, ()) if is_shared else array
+
+
 def _quantized(array, dtype, axes):
     """``array`` in ``dtype``, with a scale that is shared along ``axes``."""
     is_integer = dtype == "int8"
     top = float((jnp.iinfo if is_integer else jnp.finfo)(dtype).max)
     array = array.astype(jnp.float32)
-    finite = jnp.where(jnp.isfinite(array), jnp.abs(array), 0)
+    magnitude = jnp.abs(array)
+    if not is_integer:  # Float8 has a NaN, so the scale can be that of the others.
+        magnitude = jnp.where(jnp.isfinite(array), magnitude, 0)
     # Of zeros, too. A smaller number is a zero to some devices.
     least = float(jnp.finfo(jnp.float32).tiny)
-    scale = jnp.maximum(jnp.max(finite, axes, keepdims=True, initial=0) / top, least)
+    scale = jnp.maximum(jnp.max(magnitude, axes, keepdims=True, initial=0) / top, least)
     values = array / scale
     if is_integer:
-        # There is no infinity and no NaN, but the scale may be: then the rest is zero.
-        worst = jnp.max(jnp.abs(array), axes, keepdims=True, initial=0)
-        infinite = jnp.sign(array) * jnp.isinf(array)
-        values = jnp.where(jnp.isfinite(worst), jnp.round(values), infinite)
-        scale = jnp.where(jnp.isfinite(worst), scale, worst)
-    quantized = Quantized(values.astype(dtype), scale)
-    return checkpoint_name(quantized, "linear_operand")
+        # The scale is infinite or NaN where a value is, and the finite values are zero.
+        values = jnp.where(jnp.isinf(array), jnp.sign(array), jnp.round(values))
+    values, scale = checkpoint_name((values.astype(dtype), scale), "linear_operand")
+    return Quantized(values, scale)
 
 
-@_quantized.defjvp
-def _(dtype, axes, primals, tangents):
+def kept(operand):
+    """``operand`` for the backward pass, without the array that was quantized."""
+    return _without_array(operand) if isinstance(operand, Quantized) else operand
+
+
+@jax.custom_jvp
+def _without_array(quantized):
+    return quantized._replace(array=None)
+
+
+@partial(_without_array.defjvp, symbolic_zeros=True)
+def _(primals, tangents):
+    # 8 bits have no room for a tangent. To be silent would be to take it for zero.
     raise TypeError(
-        f"an operand that is kept in {dtype} for the backward pass has no second"
-        " derivative: leave the products of the gradients in the layer's dtype, as in"
-        " `products=jaxlinear.Products(forward=jaxlinear.FLOAT8.forward)`"
+        f"an operand that is kept in {primals[0].dtype} for the backward pass has no"
+        " second derivative: leave the products of the gradients in the layer's dtype,"
+        " as in `products=jaxlinear.Products(forward=jaxlinear.FLOAT8.forward)`"
     )
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
 def multiply_quantized(a, b, contracted_axes, product, sharding):
-    """The product of 8-bit operands. ``b`` may be quantized already, ``a`` is not.
+    """The product of 8-bit operands. ``b`` may be without the array it was made of.
 
-    Its derivative is that of the product of the operands as they came: neither the
-    tangents nor, there, the operands are quantized, unless they came so.
+    Its derivative is that of the product of arrays: tangents are not quantized.
     """
-    if isinstance(b, Quantized):
-        varying = [k for k, j in enumerate(contracted_axes[1]) if b.scale.shape[j] != 1]
-        if varying and _varies_elsewhere(b.scale, contracted_axes[1]):
-            return _sum_over(varying[0], a, b, contracted_axes, product, sharding)
-        if varying:
-            a, b = _with_scale_of(b, a, contracted_axes)
-    else:
-        b = as_operand(b, product, 1, contracted_axes[1])
-    a = as_operand(a, product, 0, contracted_axes[0])
+    varying = [k for k, j in enumerate(contracted_axes[1]) if b.scale.shape[j] != 1]
+    if varying and _varies_elsewhere(b.scale, contracted_axes[1]):
+        return _sum_over(varying[0], a, b, contracted_axes, product, sharding)
+    if varying:
+        a, b = _with_scale_of(b, a, contracted_axes)
+        a = as_operand(a, product, 0, contracted_axes[0])
     rows, columns = (
         jnp.squeeze(o.scale, axes) for o, axes in zip((a, b), contracted_axes, strict=True)
     )
-    scale = jnp.expand_dims(rows, range(rows.ndim, rows.ndim + columns.ndim)) * columns
+    rows = jnp.expand_dims(rows, range(rows.ndim, rows.ndim + columns.ndim))
+    columns = jnp.expand_dims(columns, range(rows.ndim - columns.ndim))
+    if sharding is not None:
+        rows, columns = (sharded_like(scale, sharding) for scale in (rows, columns))
+    scale = rows * columns
     is_scalar = all(length == 1 for length in scale.shape)
     scale = scale.reshape(()) if is_scalar else scale
     leaving = product.preferred_element_type
@@ -118,19 +154,19 @@ def multiply_quantized(a, b, contracted_axes, product, sharding):
 
 @partial(multiply_quantized.defjvp, symbolic_zeros=True)
 def _(contracted_axes, product, sharding, primals, tangents):
-    (a, b), (da, db) = primals, tangents
-    leaving = product.preferred_element_type
-    unquantized = Product(leaving, product.precision, leaving)
+    (a, b), (da, db) = primals, (tangent.array for tangent in tangents)
+    Y = multiply_quantized(a, b, contracted_axes, product, sharding)
+    unquantized = Product(Y.dtype, product.precision, Y.dtype)
 
     def product_of(a, b):
         return multiply_arrays(a, b, contracted_axes, unquantized, sharding)
 
-    dY = [] if isinstance(da, SymbolicZero) else [product_of(da, b)]
-    # Of a quantized operand there is no tangent.
-    if not isinstance(b, Quantized) and not isinstance(db, SymbolicZero):
-        dY += [product_of(a, db)]
-    Y = multiply_quantized(a, b, contracted_axes, product, sharding)
-    return Y, sum(dY, jnp.zeros_like(Y)) if not dY else sum(dY[1:], dY[0])
+    dY = jnp.zeros_like(Y)
+    if not isinstance(da, SymbolicZero | None):
+        dY += product_of(da, b)
+    if not isinstance(db, SymbolicZero | None):
+        dY += product_of(a, db)
+    return Y, dY
 
 
 def _multiply_values(a, b, contracted_axes, precision, dtype, sharding):
@@ -148,12 +184,12 @@ def _multiply_values(a, b, contracted_axes, precision, dtype, sharding):
         return Y.astype(dtype)
 
     def on_cpu(a, b):
-        # Which has no instructions for float8. Each value is one of bfloat16, too.
-        product = Product(jnp.dtype("bfloat16"), precision, dtype)
-        return multiply_arrays(a, b, contracted_axes, product, sharding)
+        # Which has no instructions for float8, and for int8 none that XLA uses in Gᵀ X.
+        # Each value is one of bfloat16, too, and a product of two is one of float32.
+        product = Product(jnp.dtype("bfloat16"), precision, jnp.dtype("float32"))
+        Y = multiply_arrays(a, b, contracted_axes, product, sharding)
+        return Y.astype(dtype)
 
-    if a.dtype == "int8":
-        return plain(a, b)
     return lax.platform_dependent(a, b, cpu=on_cpu, default=plain)
 
 
@@ -171,7 +207,7 @@ def _with_scale_of(b, a, contracted_axes):
     for i, j in zip(*contracted_axes, strict=True):
         shape[i] = b.scale.shape[j]
     one = jnp.ones((1,) * b.ndim, b.scale.dtype)
-    return a.astype(one.dtype) * b.scale.reshape(shape), b._replace(scale=one)
+    return a.array.astype(one.dtype) * b.scale.reshape(shape), b._replace(scale=one)
 
 
 def _sum_over(k, a, b, contracted_axes, product, sharding):
@@ -187,7 +223,8 @@ def _sum_over(k, a, b, contracted_axes, product, sharding):
     wide = product._replace(preferred_element_type=jnp.dtype("float32"))
 
     def each(a, b):
+        a = as_operand(a, product, 0, inner[0])
         return multiply_quantized(a, b, inner, wide, sharding)
 
-    total = jnp.sum(jax.vmap(each, mapped)(a, b), 0)
+    total = jnp.sum(jax.vmap(each, mapped)(a.array, b._replace(array=None)), 0)
     return total.astype(product.preferred_element_type)

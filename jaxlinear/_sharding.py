@@ -48,6 +48,15 @@ def broadcast_over_rows(vector, rows):
     )
 
 
+def sharded_like(array, sharding):
+    """``array`` with its axes split as ``sharding`` does, but for those of length one."""
+    spec = sharding.spec if isinstance(sharding, NamedSharding) else sharding
+    split = [*spec.partitions, *(None for _ in range(array.ndim))][: array.ndim]
+    axes = zip(array.shape, split, strict=True)
+    split = [None if length == 1 else names for length, names in axes]
+    return jax.sharding.reshard(array, PartitionSpec(*split))
+
+
 def vary_together(*operands):
     """Cast the operands, where not None, to vary over the manual axes of them all.
 

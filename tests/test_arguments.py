@@ -203,9 +203,9 @@ REFUSED = {
     ),
     "integer operands": (
         (X, W, B),
-        own(dtype="int8"),
+        own(dtype="int16"),
         TypeError,
-        f"{DTYPE} a floating or complex dtype, got int8",
+        f"{DTYPE} a floating or complex dtype, got int16",
     ),
     "two dtypes": (
         (X, W, B),
