@@ -180,8 +180,8 @@ def _linear(x, weight, bias, products, Y_type, gradient_types):
 #     ∂Loss/∂b_o  = Σ_n g_no           ∇B = Σ G
 #
 # ∇X reads W, ∇W reads X and ∇B neither, so each operand is kept only if the other
-# one is differentiated, and it is kept as the rule multiplies it: in the product's dtype,
-# and of 8 bits with its scale.
+# one is differentiated, and it is kept as the rule multiplies it: in the dtype of that
+# product, and with its scale where that has 8 bits.
 
 
 def _linear_forward(x, weight, bias, products, Y_type, gradient_types):

@@ -102,17 +102,19 @@ FLOAT8_E4M3 = Products(_E4M3, _E4M3, _E4M3)
 INT8 = Products(_INT8, _INT8, _INT8)
 """All of X, W and G in ``int8``, with a scale for every row of each product."""
 
-
-_OF_TWO_KINDS = (
-    ("float8_e4m3fn", "float8_e5m2"),
-    ("float8_e4m3fnuz", "float8_e5m2fnuz"),  # AMD's
-)
-EIGHT_BIT_PAIRS = tuple(
+EIGHT_BIT_PAIRS = [
     (jnp.dtype(a), jnp.dtype(b))
-    for e4m3, e5m2 in _OF_TWO_KINDS
-    for a, b in [(e4m3, e4m3), (e5m2, e4m3), (e4m3, e5m2)]
-) + ((jnp.dtype("int8"), jnp.dtype("int8")),)
-"""The pairs of 8-bit dtypes that some platform multiplies."""
+    for a, b in [
+        ("float8_e4m3fn", "float8_e4m3fn"),
+        ("float8_e5m2", "float8_e4m3fn"),
+        ("float8_e4m3fn", "float8_e5m2"),
+        ("float8_e4m3fnuz", "float8_e4m3fnuz"),
+        ("float8_e5m2fnuz", "float8_e4m3fnuz"),
+        ("float8_e4m3fnuz", "float8_e5m2fnuz"),
+        ("int8", "int8"),
+    ]
+]
+"""The operands of 8 bits that some platform multiplies."""
 
 
 def is_algorithm(precision):

@@ -14,9 +14,10 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
+from jaxlinear._cpu import has_one_device
 from jaxlinear._multiply import multiply_arrays
 from jaxlinear._product import Product
-from jaxlinear._sharding import sharded_like
+from jaxlinear._sharding import sharded_as_factor, without_reduced_axes
 
 
 class Quantized(NamedTuple):
@@ -50,16 +51,18 @@ def as_operand(array, product, position, contracted_axes, made=None):
     where it is the same.
     """
     if not product.is_scaled:
-        is_same = made is not None and made.dtype == product.operand_dtype
-        return made if is_same else array.astype(product.operand_dtype)
-    is_per_row = product.scaling == "per_row"
-    shared_axes = contracted_axes if is_per_row else tuple(range(array.ndim))
-    dtype = product.dtype[position]
+        dtype = product.operand_dtype
+        is_same = isinstance(made, jax.Array) and made.dtype == dtype
+        return made if is_same else array.astype(dtype)
+    dtype, axes = product.dtype[position], tuple(range(array.ndim))
+    shared = contracted_axes if product.scaling == "per_row" else axes
     if isinstance(made, Quantized) and made.dtype == dtype:
-        if all((n == 1) == (i in shared_axes) for i, n in enumerate(made.scale.shape)):
+        made_shared = [axis for axis in axes if made.scale.shape[axis] == 1]
+        if made_shared == [*shared]:
             return made
     # Products have derivatives of their own, for the array.
-    return _quantized(lax.stop_gradient(array), dtype, shared_axes)._replace(array=array)
+    quantized = _quantized(lax.stop_gradient(array), dtype, shared)
+    return quantized._replace(array=array)
 
 
 def as_shared_operand(array, *products):
@@ -76,7 +79,7 @@ def _quantized(array, dtype, axes):
     """``array`` in ``dtype``, with a scale that is shared along ``axes``."""
     is_integer = dtype == "int8"
     top = float((jnp.iinfo if is_integer else jnp.finfo)(dtype).max)
-    array = array.astype(jnp.float32)
+    array = without_reduced_axes(array).astype(jnp.float32)
     magnitude = jnp.abs(array)
     if not is_integer:  # Float8 has a NaN, so the scale can be that of the others.
         magnitude = jnp.where(jnp.isfinite(array), magnitude, 0)
@@ -124,20 +127,29 @@ def multiply_quantized(a, b, contracted_axes, product, sharding):
         a, b = _with_scale_of(b, a, contracted_axes)
         a = as_operand(a, product, 0, contracted_axes[0])
     rows, columns = (
-        jnp.squeeze(o.scale, axes) for o, axes in zip((a, b), contracted_axes, strict=True)
+        jnp.squeeze(o.scale, axes)
+        for o, axes in zip((a, b), contracted_axes, strict=True)
     )
-    rows = jnp.expand_dims(rows, range(rows.ndim, rows.ndim + columns.ndim))
-    columns = jnp.expand_dims(columns, range(rows.ndim - columns.ndim))
+    is_scalar = all(length == 1 for length in (*rows.shape, *columns.shape))
+    if is_scalar:
+        rows, columns = rows.reshape(()), columns.reshape(())
+    else:
+        rows, columns = (
+            jnp.expand_dims(rows, range(rows.ndim, rows.ndim + columns.ndim)),
+            jnp.expand_dims(columns, range(rows.ndim)),
+        )
     if sharding is not None:
-        rows, columns = (sharded_like(scale, sharding) for scale in (rows, columns))
+        rows, columns = (
+            sharded_as_factor(scale, sharding) for scale in (rows, columns)
+        )
     scale = rows * columns
-    is_scalar = all(length == 1 for length in scale.shape)
-    scale = scale.reshape(()) if is_scalar else scale
     leaving = product.preferred_element_type
 
     def scaled(dtype):
         def multiplied(a, b, scale):
-            Y = _multiply_values(a, b, contracted_axes, product.precision, dtype, sharding)
+            Y = _multiply_values(
+                a, b, contracted_axes, product.precision, dtype, sharding
+            )
             return (Y * scale.astype(Y.dtype)).astype(leaving)
 
         return multiplied
@@ -184,13 +196,15 @@ def _multiply_values(a, b, contracted_axes, precision, dtype, sharding):
         return Y.astype(dtype)
 
     def on_cpu(a, b):
-        # Which has no instructions for float8, and for int8 none that XLA uses in Gᵀ X.
-        # Each value is one of bfloat16, too, and a product of two is one of float32.
+        # XLA has no instructions for float8 there, and for int8 none in Gᵀ X. Each
+        # value is one of bfloat16, too, and each product of two is one of float32.
         product = Product(jnp.dtype("bfloat16"), precision, jnp.dtype("float32"))
         Y = multiply_arrays(a, b, contracted_axes, product, sharding)
         return Y.astype(dtype)
 
-    return lax.platform_dependent(a, b, cpu=on_cpu, default=plain)
+    # Of several devices an operand that is cast is gathered for each product again.
+    cpu = on_cpu if has_one_device() else plain
+    return lax.platform_dependent(a, b, cpu=cpu, default=plain)
 
 
 def _varies_elsewhere(scale, contracted_axes):
@@ -211,7 +225,7 @@ def _with_scale_of(b, a, contracted_axes):
 
 
 def _sum_over(k, a, b, contracted_axes, product, sharding):
-    """The same, where the scale of ``b`` varies along other axes, too: a sum of products.
+    """The same where the scale of ``b`` varies along other axes, too: a sum of products.
 
     ``k`` is the place among the contracted axes of the one that is summed at last.
     """

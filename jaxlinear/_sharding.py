@@ -1,5 +1,6 @@
 """Several devices: manual axes, explicit meshes, and the sharding of a cotangent."""
 
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -48,13 +49,27 @@ def broadcast_over_rows(vector, rows):
     )
 
 
-def sharded_like(array, sharding):
-    """``array`` with its axes split as ``sharding`` does, but for those of length one."""
+def without_reduced_axes(array):
+    """``array`` without the mark that its cotangent is to be left unreduced."""
+    mesh, spec = jax.typeof(array).sharding.mesh, jax.typeof(array).sharding.spec
+    if not spec.reduced:
+        return array
+    plain = PartitionSpec(*spec.partitions)
+    return jax.sharding.reshard(array, NamedSharding(mesh, plain))
+
+
+def sharded_as_factor(array, sharding):
+    """``array`` such that it can be multiplied with what is split as ``sharding`` says.
+
+    The axes of length one are not split.
+    """
     spec = sharding.spec if isinstance(sharding, NamedSharding) else sharding
-    split = [*spec.partitions, *(None for _ in range(array.ndim))][: array.ndim]
-    axes = zip(array.shape, split, strict=True)
-    split = [None if length == 1 else names for length, names in axes]
-    return jax.sharding.reshard(array, PartitionSpec(*split))
+    split = itertools.zip_longest(spec.partitions, array.shape)
+    split = [None if n == 1 else names for names, n in split if n is not None]
+    factor = PartitionSpec(*split, reduced=spec.unreduced)
+    if isinstance(sharding, NamedSharding):
+        factor = NamedSharding(sharding.mesh, factor)
+    return jax.sharding.reshard(array, factor)
 
 
 def vary_together(*operands):

@@ -6,7 +6,16 @@ Not with `jaxlinear.inspect`, which the tests of it compare with this.
 import math
 import re
 
-BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4}
+BYTES = {
+    "pred": 1,
+    "s8": 1,
+    "f8e4m3fn": 1,
+    "f8e5m2": 1,
+    "bf16": 2,
+    "f16": 2,
+    "f32": 4,
+    "s32": 4,
+}
 
 
 def collectives(compiled):

@@ -1,4 +1,4 @@
-"""The columns: the same layer written in seven ways, each a function of its arrays."""
+"""The columns: the same layer written in nine ways, each a function of its arrays."""
 
 import functools
 
@@ -61,6 +61,8 @@ def in_linen(x, weight, bias=None, dtype=None, out_sharding=None):
 OURS = {
     "`linear`": jaxlinear.linear,
     "`linear`, bfloat16": functools.partial(jaxlinear.linear, dtype="bfloat16"),
+    "`linear`, float8": functools.partial(jaxlinear.linear, products=jaxlinear.FLOAT8),
+    "`linear`, int8": functools.partial(jaxlinear.linear, products=jaxlinear.INT8),
     "our `nnx.Linear`": functools.partial(in_nnx, jaxlinear.nnx.Linear),
     "our `linen.Linear`": in_linen,
 }

@@ -23,7 +23,8 @@ def text(cells):
     page = f"# JAX {jax.__version__}, Flax {flax.__version__}\n\n"
     page += (
         "Written by `cd tests && python -m table`. ✓: the values are right, or costs"
-        " no more than\nthe naive formula's; ✗: what was raised, or by how much.\n"
+        " no more than\nthe naive formula's; ✗: what was raised, or by how much."
+        " Refused: a second derivative through\nwhat is kept in 8 bits.\n"
     )
     for topic, module in TOPICS.items():
         page += f"\n## {topic}\n\n"

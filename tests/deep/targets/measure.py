@@ -31,7 +31,8 @@ from kernels import kernels
 
 import jaxlinear
 
-TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1"}
+TOPOLOGIES |= {"v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 B200 = {"{ major: 9 }": "{ major: 10 }", "132": "148", "H100 80GB HBM3": "B200"}
 B200 |= {"12.8.0": "13.0.0"}
 BACKENDS = {"triton": None, "cublas": {"xla_gpu_enable_triton_gemm": False}}
