@@ -14,9 +14,9 @@ import jaxlinear
 from benchmarks.timing import eager
 
 
-def ours(weight, bias, dtype):
+def ours(weight, bias, dtype, products=None):
     def apply(parameters, x):
-        return jaxlinear.linear(x, *parameters, dtype=dtype)
+        return jaxlinear.linear(x, *parameters, dtype=dtype, products=products)
 
     return apply, (weight, bias)
 

@@ -1,5 +1,7 @@
 """One cell: its programs are checked, timed in turn, and become rows."""
 
+from functools import partial
+
 import jax
 
 from benchmarks.checks import checked_errors
@@ -10,12 +12,13 @@ from benchmarks.contenders import (
     pytorch_runs,
 )
 from benchmarks.model import GPT, model_programs
-from benchmarks.rows import Row, figures
+from benchmarks.rows import OURS, Row, figures
 from benchmarks.timing import compiled, interleaved
 from benchmarks.workloads import (
     DTYPES,
     GROWTH,
     MODES,
+    RECIPES,
     answers,
     problem,
     results_of,
@@ -34,7 +37,7 @@ def measure(workload, dtype, modes, device, seconds, limits):
     arrays = problem(workload, dtype)
     exact = answers(arrays, dtype)
     for mode in modes:
-        programs = programs_of(workload, mode, arrays, compute_dtype, device)
+        programs = programs_of(workload, mode, arrays, dtype, device)
         errors = {}
         for name, program in programs.items():
             found = checked_errors(
@@ -78,6 +81,7 @@ def timed(workload, dtype, mode, checked, seconds, limits):
             relative_error=errors[name],
             peak_bytes=program.peak_bytes,
             temporary_bytes=program.temporary_bytes,
+            kept_bytes=program.kept_bytes,
             compile_s=program.compile_s,
             **found,
         )
@@ -85,15 +89,27 @@ def timed(workload, dtype, mode, checked, seconds, limits):
     return rows
 
 
-def programs_of(workload, mode, arrays, dtype, device):
+def programs_of(workload, mode, arrays, dtype_name, device):
     x, weight, bias, cotangent = jax.device_put(arrays, device)
-    layers = jax_contenders()
+    layers, dtype = jax_contenders(), DTYPES[dtype_name][0]
+    if dtype_name in RECIPES:
+        layers[OURS] = partial(layers[OURS], products=RECIPES[dtype_name])
     if workload in GROWTH:  # A curve of ours and one of the naive formula.
         layers = {name: layers[name] for name in ("jaxlinear", "naive formula")}
     programs = {}
     for name, layer in layers.items():
         apply, parameters = layer(weight, bias, dtype)
         programs[name] = compiled(results_of(mode, apply), (parameters, x, cotangent))
+        programs[name].kept_bytes = kept_bytes(apply, parameters, x)
     if workload not in GROWTH and pytorch_runs(device, dtype):
         programs["PyTorch"] = pytorch_programs(arrays, dtype, device)[mode]
     return programs
+
+
+def kept_bytes(apply, parameters, x):
+    """The bytes that ``jax.vjp`` keeps for the backward pass."""
+
+    def kept(parameters, x):
+        return jax.tree.leaves(jax.vjp(apply, parameters, x)[1])
+
+    return sum(a.size * a.dtype.itemsize for a in jax.eval_shape(kept, parameters, x))

@@ -28,6 +28,7 @@ def _own_table(title, rows):
         "GB/s",
         "peak MB",
         "temp. MB",
+        "kept MB",
         "compile ms",
     )
     table = _table(title, "workload", headings)
@@ -42,6 +43,7 @@ def _own_table(title, rows):
                 f"{row.bytes_per_s / 1e9:.1f}",
                 f"{row.peak_bytes / 1e6:.1f}" if row.peak_bytes else "",
                 f"{row.temporary_bytes / 1e6:.1f}" if row.temporary_bytes else "",
+                f"{row.kept_bytes / 1e6:.1f}" if row.kept_bytes else "",
                 f"{row.compile_s * 1e3:.0f}",
             )
     return table

@@ -36,6 +36,7 @@ class Row:
     peak_bytes: int | None
     compile_s: float | None
     temporary_bytes: int | None = None  # Older results have none.
+    kept_bytes: int | None = None  # Nor this, from the forward to the backward pass.
 
     @property
     def cell(self):

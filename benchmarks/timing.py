@@ -24,6 +24,7 @@ class Program:
     compile_s: float | None = None
     peak_bytes: int | None = None
     temporary_bytes: int | None = None
+    kept_bytes: int | None = None
 
 
 def compiled(function, arguments):

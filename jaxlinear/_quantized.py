@@ -6,7 +6,7 @@ are constant along the contracted axes.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ class Quantized(NamedTuple):
         return (self.values.astype(jnp.float32) * self.scale).astype(dtype)
 
 
-def as_operand(array, product, position, contracted_axes, made=None):
+def as_operand(array, product, position, contracted_axes, made=None) -> Any:
     """``array`` as ``product`` multiplies it, in the ``position`` 0 or 1.
 
     It is cast, or quantized; ``made`` is the operand of another product, which is taken
@@ -225,7 +225,7 @@ def _with_scale_of(b, a, contracted_axes):
 
 
 def _sum_over(k, a, b, contracted_axes, product, sharding):
-    """The same where the scale of ``b`` varies along other axes, too: a sum of products.
+    """That where the scale of ``b`` varies along other axes, too: a sum of products.
 
     ``k`` is the place among the contracted axes of the one that is summed at last.
     """

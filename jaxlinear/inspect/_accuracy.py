@@ -1,6 +1,7 @@
 """How far the products of this machine are from those in float64."""
 
 import dataclasses
+import functools
 import importlib.util
 import math
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlinear._linear import linear
-from jaxlinear._product import accumulator
+from jaxlinear._product import FLOAT8, INT8, accumulator
 
 ROWS = FEATURES = 512
 QUANTITIES = "Y", "∇X", "∇W", "∇B"
@@ -20,6 +21,8 @@ DTYPES = {
     "float32": ("float32", "float32"),
     "mixed": ("float32", "bfloat16"),
 }
+EIGHT_BITS = {"float8": FLOAT8, "int8": INT8}
+"""The recipes, of float32 arguments, which no layer but ours has."""
 PRECISIONS = None, "highest"
 
 
@@ -28,7 +31,7 @@ class Measurement:
     """The relative error of one quantity, in the Frobenius norm, against float64.
 
     ``explained`` is the error that rounding to the dtype of the result and accumulating
-    in float32 at least explain.
+    in float32 at least explain; in 8 bits that of rounding the operands, too.
     """
 
     dtype: str
@@ -43,8 +46,8 @@ class Measurement:
         return self.error <= self.explained  # False for NaN.
 
 
-def _ours(x, weight, bias, dtype):
-    return linear(x, weight, bias, dtype=dtype)
+def _ours(x, weight, bias, dtype, products=None):
+    return linear(x, weight, bias, dtype=dtype, products=products)
 
 
 def _naive(x, weight, bias, dtype):
@@ -71,24 +74,33 @@ def _layers():
 
 def measured():
     """Yield the measurements, those of one dtype together."""
-    for name, (argument_dtype, dtype) in DTYPES.items():
-        arrays = _arguments(argument_dtype, dtype)
-        expected = _expected(arrays, dtype)
-        for precision in PRECISIONS:
-            for layer, function in _layers().items():
-                with jax.default_matmul_precision(precision):
-                    results = _forward_and_backward(function, dtype)(*arrays)
-                for quantity, actual, (exact, magnitude, terms) in zip(
-                    QUANTITIES, results, expected, strict=True
-                ):
-                    yield Measurement(
-                        name,
-                        quantity,
-                        layer,
-                        precision or "default",
-                        _norm(np.asarray(actual, np.float64) - exact) / _norm(exact),
-                        _explained(actual.dtype, exact, magnitude, terms),
-                    )
+    for name, dtypes in DTYPES.items():
+        yield from _measured(name, *dtypes, _layers())
+    for name, products in EIGHT_BITS.items():
+        ours = functools.partial(_ours, products=products)
+        yield from _measured(name, "float32", "float32", {"jaxlinear": ours}, products)
+
+
+def _measured(name, argument_dtype, dtype, layers, products=None):
+    arrays = _arguments(argument_dtype, dtype)
+    expected = _expected(arrays, dtype)
+    of_operands = _of_operands(arrays, products)
+    for precision in PRECISIONS:
+        for layer, function in layers.items():
+            with jax.default_matmul_precision(precision):
+                results = _forward_and_backward(function, dtype)(*arrays)
+            for quantity, actual, (exact, magnitude, terms), rounding in zip(
+                QUANTITIES, results, expected, of_operands, strict=True
+            ):
+                yield Measurement(
+                    name,
+                    quantity,
+                    layer,
+                    precision or "default",
+                    _norm(np.asarray(actual, np.float64) - exact) / _norm(exact),
+                    _explained(actual.dtype, exact, magnitude, terms)
+                    + rounding / _norm(exact),
+                )
 
 
 def _arguments(argument_dtype, dtype):
@@ -139,6 +151,39 @@ def _explained(dtype, exact, magnitude, terms):
     rounding = _unit_roundoff(dtype) / math.sqrt(3)
     accumulating = math.sqrt(terms) * _unit_roundoff(accumulator(dtype))
     return rounding + accumulating * _norm(magnitude) / _norm(exact)
+
+
+def _of_operands(arrays, products):
+    """The error of Y, ∇X, ∇W and ∇B from 8-bit operands, in the Frobenius norm.
+
+    The errors of different elements are independent, so the variance of a sum of
+    products is the sum of theirs. A tenth more is for chance.
+    """
+    if products is None:
+        return [0.0] * 4
+    X, W, _, G = (np.asarray(a, np.float64) for a in arrays)
+    pairs = (X, W.T), (G, W), (G.T, X)
+
+    def of(product, a, b):
+        dtypes = (
+            [product.dtype] * 2 if isinstance(product.dtype, str) else product.dtype
+        )
+        is_per_row = product.scaling == "per_row"
+        first, second = (
+            _variance(operand, dtype, axis if is_per_row else None)
+            for operand, dtype, axis in zip((a, b), dtypes, (1, 0), strict=True)
+        )
+        return 1.1 * math.sqrt(np.sum(first @ b**2 + (a**2 + first) @ second))
+
+    return [of(p, *pair) for p, pair in zip(products, pairs, strict=True)] + [0.0]
+
+
+def _variance(operand, dtype, contracted_axis):
+    """That of rounding each element evenly, to a step of int8 or of its float8."""
+    largest = np.max(np.abs(operand), contracted_axis, keepdims=True)
+    if dtype == "int8":
+        return np.broadcast_to((largest / 127) ** 2 / 12, operand.shape)
+    return (_unit_roundoff(dtype) * operand) ** 2 / 3
 
 
 def _unit_roundoff(dtype):

@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import sys
@@ -93,13 +94,15 @@ def _as_text(measurements, device):
     rows, columns, cells = _cells(measurements)
 
     def cell(row, column):
-        found = cells[row, column]
+        found = cells.get((row, column))
+        if found is None:  # Of 8 bits there is our layer alone.
+            return "– "
         return f"{found.error:.1e}{' ' if found.is_explained else '!'}"
 
     lines = [
         f"Relative errors against float64 on {device}, JAX {jax.__version__}"
         f" ({ROWS} rows, {FEATURES} features; mixed: float32 arguments, bfloat16"
-        " compute):",
+        " compute; float8: FLOAT8, int8: INT8, of float32 arguments):",
         "",
         table(
             ["", *map(", ".join, columns)],
@@ -142,7 +145,11 @@ def _draw(measurements, device, file):
 
     rows, columns, cells = _cells(measurements)
     excess = [
-        [cells[r, c].error / cells[r, c].explained for c in columns] for r in rows
+        [
+            cells[r, c].error / cells[r, c].explained if (r, c) in cells else math.nan
+            for c in columns
+        ]
+        for r in rows
     ]
     figure, axes = pyplot.subplots(
         figsize=(2 + 1.1 * len(columns), 1 + 0.35 * len(rows))
@@ -152,7 +159,9 @@ def _draw(measurements, device, file):
     axes.set_yticks(range(len(rows)), [" ".join(row) for row in rows])
     for y, row in enumerate(rows):
         for x, column in enumerate(columns):
-            axes.text(x, y, f"{cells[row, column].error:.1e}", ha="center", va="center")
+            if (row, column) in cells:
+                error = f"{cells[row, column].error:.1e}"
+                axes.text(x, y, error, ha="center", va="center")
     axes.set_title(f"Relative error against float64 on {device}")
     figure.colorbar(image, label="error / error that rounding explains")
     figure.savefig(file, dpi=150, bbox_inches="tight")

@@ -74,6 +74,20 @@ def test_results_are_a_table_and_json_and_plots_and_compared_with_older_ones(tmp
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_rows_of_8_bits_stand_beside_bfloat16_and_keep_half_the_bytes(tmp_path):
+    run = run_benchmarks(
+        *("--only", "MLP", "--dtype", "float8", "--dtype", "int8"),
+        *("--output", str(tmp_path)),
+    )
+    assert run.returncode == 0, run.stderr
+    rows = json.loads((tmp_path / "results.json").read_text())["results"]
+    for dtype, least in [("float8", 0.02), ("int8", 0.005)]:
+        by_library = {row["library"]: row for row in rows if row["dtype"] == dtype}
+        ours, naive = by_library["jaxlinear"], by_library["naive formula"]
+        assert ours["kept_bytes"] <= 0.52 * naive["kept_bytes"]
+        assert naive["relative_error"] < least < ours["relative_error"]
+
+
 @pytest.mark.parametrize(("before", "now", "found"), [(2, 1, 1), (2, 2, 0), (1, 2, 0)])
 def test_a_regression_is_a_lead_that_has_shrunk(before, now, found):
     old, new = {"results": [naive_row(before)]}, {"results": [naive_row(now)]}
@@ -94,7 +108,7 @@ def test_a_regression_within_the_spread_is_none():
         (["--compare", "missing.json"], "--compare: missing.json: No such file"),
         (["--compare", str(ROOT)], f"--compare: {ROOT}: Is a directory"),
         (["--compare", str(ROOT / "LICENSE")], "LICENSE: no JSON"),
-        (["--dtype", "int8"], "--dtype: invalid choice"),
+        (["--dtype", "int4"], "--dtype: invalid choice"),
         (["--device", "tpu"], "--device: "),
         (["--output", str(ROOT / "LICENSE")], "LICENSE: File exists"),
     ],

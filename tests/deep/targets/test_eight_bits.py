@@ -42,16 +42,11 @@ def test_one_call_of_cublas_multiplies_float8_in_each_product(recipe, target):
         assert row["operands"] == [first, "float8_e4m3fn"]
 
 
-def test_a_scale_of_each_row_costs_a_kernel_a_product_and_one_of_all_none():
-    """Those of the tensors are factors of the call, where the bias is added, too.
-
-    Of each row they are applied to the result afterwards: a kernel for each product, and
-    the bias in that of Y. The maxima are two kernels for each tensor, or one.
-    """
+def test_a_scale_of_each_row_is_applied_by_a_kernel_behind_each_product():
+    """One scale of a tensor is a factor of the call, which adds the bias, too."""
     per_tensor, per_row = (found("h100", r)[1] for r in ("FLOAT8", "FLOAT8 per row"))
-    in_bfloat16 = found("h100", "bfloat16")[1]
-    assert per_tensor["MiB"] < per_row["MiB"]
-    assert in_bfloat16["kernels"] < per_tensor["kernels"]
+    assert per_row["kernels"] >= per_tensor["kernels"] + 3
+    assert per_row["MiB"] > 1.5 * per_tensor["MiB"]
 
 
 @pytest.mark.parametrize("target", ["h100", "b200"])
