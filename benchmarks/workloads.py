@@ -60,9 +60,9 @@ RECIPES = {"float8": jaxlinear.FLOAT8, "int8": jaxlinear.INT8}
 RECIPE_ERRORS = {"float8": 0.09, "int8": 0.02}
 """What rounding two independent operands explains of a product, relative.
 
-It is √((u² + v²)/3) with the unit roundoffs of e5m2 and e4m3, an eighth and a sixteenth;
-and of int8 √(2/12) of a step, where the largest of a row is five times the root mean
-square. A tenth more is for chance.
+It is √((u² + v²)/3) with the unit roundoffs of e5m2 and e4m3, an eighth and a
+sixteenth; and of int8 √(2/12) of a step, where the largest of a row is five times the
+root mean square. A tenth more is for chance.
 """
 
 MODES = {

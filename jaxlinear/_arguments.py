@@ -198,9 +198,9 @@ def _checked_operands(name, product):
     if (first, second) in EIGHT_BIT_PAIRS:
         return first, second
     if min(first.itemsize, second.itemsize) == 1:
-        known = ", ".join(f"({a}, {b})" for a, b in EIGHT_BIT_PAIRS)
+        known = "({}, {})".format(*EIGHT_BIT_PAIRS[0])
         raise ValueError(
-            f"`{name}` of 8 bits must be a pair that some platform multiplies, one of"
+            f"`{name}` of 8 bits must be a pair that some platform multiplies, such as"
             f" {known}, got {first} and {second}"
         )
     if first != second:

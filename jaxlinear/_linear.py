@@ -72,11 +72,11 @@ def linear(
 
         dY = dX Wᵀ + X dWᵀ + dB
 
-    as the forward product is computed, with float32 sums that are rounded once, and no
-    product for an argument without a tangent. X and W are what is kept for reverse
-    mode, so they have no more bits there than the operands of a gradient. Both modes
-    may be combined to any order, and ``jax.linear_transpose`` takes the layer as a
-    function of ``x``.
+    as the forward product is computed, with float32 sums that are rounded once, no
+    product for an argument without a tangent, and no tangent in 8 bits. X and W are
+    what is kept for reverse mode, so they have no more bits there than the operands of
+    a gradient. Both modes may be combined to any order, and ``jax.linear_transpose``
+    takes the layer as a function of ``x``.
 
     The function is jitted. Its result has the checkpoint name ``"linear"``; the policy
     :func:`jaxlinear.save_linear_outputs` saves it.
@@ -103,7 +103,11 @@ def linear(
         - ``dtype=bfloat16``, under ``dtype=float16``, keeps gradients that would
           overflow in float16 or be flushed to zero;
         - ``preferred_element_type=bfloat16``, under ``dtype=bfloat16``, halves the
-          bytes that data parallelism sends, and rounds the gradient to bfloat16.
+          bytes that data parallelism sends, and rounds the gradient to bfloat16;
+        - a ``dtype`` of 8 bits multiplies scaled operands, from the arguments as they
+          came. :data:`jaxlinear.FLOAT8`, :data:`jaxlinear.FLOAT8_E4M3` and
+          :data:`jaxlinear.INT8` have it in all three. What the gradients multiply is
+          kept in 8 bits, through which there is no second derivative.
 
         Each gradient leaves in the dtype of its argument. The bias and its gradient
         stay as they are.
@@ -114,10 +118,12 @@ def linear(
       Y, of shape (*, out) and dtype ``dtype``.
 
     Raises:
-      ValueError: if the shapes are not those above, or a precision is unknown.
+      ValueError: if the shapes are not those above, a precision is unknown, or no
+        platform multiplies the 8-bit operands that a product asks for.
       TypeError: if an argument is no array, a dtype is neither floating nor complex, or
         is real while an argument is complex, or a product cannot have the
-        ``preferred_element_type`` that was asked for.
+        ``preferred_element_type`` that was asked for; or if a second derivative is
+        asked for of what is kept in 8 bits.
 
     The formulas are those of ``torch.nn.Linear``:
     https://docs.pytorch.org/docs/stable/generated/torch.nn.Linear.html

@@ -25,6 +25,10 @@ def own(**fields):
 PREFERRED = "`products.weight_grad.preferred_element_type` must be"
 DTYPE = "`products.weight_grad.dtype` must be"
 # name: arguments, options if there are any, error and message
+DTYPE_OF_8_BITS = (
+    "`products.weight_grad.dtype` of 8 bits must be a pair that some platform"
+    " multiplies, such as (float8_e4m3fn, float8_e4m3fn), got"
+)
 REFUSED = {
     "scalar x": (
         (1.0, W, B),
@@ -237,6 +241,72 @@ REFUSED = {
         ValueError,
         "`products.forward.dtype` must be a dtype, got alternative_float16, which ROCm"
         " has for gradients alone",
+    ),
+    "8 bits of which one operand has two": (
+        (X, W, B),
+        own(dtype=("float8_e4m3fn", "int8")),
+        ValueError,
+        f"{DTYPE_OF_8_BITS} float8_e4m3fn and int8",
+    ),
+    "8 bits beside 16": (
+        (X, W, B),
+        own(dtype=("float8_e4m3fn", "bfloat16")),
+        ValueError,
+        f"{DTYPE_OF_8_BITS} float8_e4m3fn and bfloat16",
+    ),
+    "e5m2 twice, which no platform multiplies": (
+        (X, W, B),
+        own(dtype="float8_e5m2"),
+        ValueError,
+        f"{DTYPE_OF_8_BITS} float8_e5m2 and float8_e5m2",
+    ),
+    "8 bits that leave in bfloat16": (
+        (X, W, B),
+        {
+            "dtype": "bfloat16",
+            **own(dtype="float8_e4m3fn", preferred_element_type="bfloat16"),
+        },
+        TypeError,
+        f"{PREFERRED} float32, got bfloat16",
+    ),
+    "int8 that leaves in float32": (
+        (X, W, B),
+        own(dtype="int8", preferred_element_type="float32"),
+        TypeError,
+        f"{PREFERRED} int32, got float32",
+    ),
+    "float8 that leaves in int32": (
+        (X, W, B),
+        own(dtype="float8_e4m3fn", preferred_element_type="int32"),
+        TypeError,
+        f"{PREFERRED} a floating or complex dtype, got int32",
+    ),
+    "8 bits of a complex layer": (
+        (*COMPLEX, None),
+        own(dtype="int8"),
+        TypeError,
+        "`products.weight_grad.dtype` of 8 bits must be in a layer of a floating dtype,"
+        " got complex64",
+    ),
+    "8 bits of a layer of integers": (
+        (X.astype(int), W.astype(int), None),
+        own(dtype="int8"),
+        TypeError,
+        "`products.weight_grad.dtype` of 8 bits must be in a layer of a floating dtype,"
+        " got int32",
+    ),
+    "a scaling that is none": (
+        (X, W, B),
+        own(dtype="int8", scaling="per_block"),
+        ValueError,
+        "`products.weight_grad.scaling` must be 'per_tensor' or 'per_row', got"
+        " 'per_block'",
+    ),
+    "a scaling without 8 bits": (
+        (X, W, B),
+        own(dtype="bfloat16", scaling="per_row"),
+        ValueError,
+        "`products.weight_grad.scaling` must be None without 8 bits, got 'per_row'",
     ),
     "dtype of products of integers": (
         (X.astype(int), W.astype(int), None),

@@ -70,6 +70,9 @@ def test_importing_the_package_needs_jax_alone():
     names, *refusals = result.stdout.splitlines()
     assert names.split() == [
         "ALTERNATIVE_FLOAT16",
+        "FLOAT8",
+        "FLOAT8_E4M3",
+        "INT8",
         "Product",
         "Products",
         "explain",

@@ -239,3 +239,12 @@ def test_programs_for_gpus_are_read():
     assert gather.received == (("bfloat16", (64, 4)),)
     assert [bits(array[0]) for array in permute.results] == [8, 8]
     assert bits(gather.received[0][0]) == 16
+
+
+def test_8_bits_on_cpu_are_said_to_be_no_faster():
+    x, weight = jnp.ones((8, 16)), jnp.ones((4, 16))
+    for recipe in (jaxlinear.FLOAT8, jaxlinear.INT8):
+        found = jaxlinear.explain(linear, x, weight, products=recipe)
+        assert any("no faster than bfloat16" in note for note in found.notes)
+        assert {str(recipe.forward.dtype)} <= {array.dtype for array in found.saved}
+    assert not any("8-bit" in n for n in jaxlinear.explain(linear, x, weight).notes)

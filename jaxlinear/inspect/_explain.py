@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlinear import _cpu
-from jaxlinear._product import Product
+from jaxlinear._product import EIGHT_BIT_PAIRS, Product
+from jaxlinear._quantized import REASON_ON_CPU
 from jaxlinear.inspect._hlo import bits, collectives, instructions
 from jaxlinear.inspect._table import table
 
 # The names that `_formulas.py` gives to the operations of each product.
 _SCOPE = re.compile(r"\b(forward_product|input_gradient|weight_gradient)\b")
+_EIGHT_BITS = {str(dtype) for pair in EIGHT_BIT_PAIRS for dtype in pair}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,6 +268,8 @@ def _notes(asked, platform):
     dtypes = {d for i in asked if _scope(i) for d in i.operand_dtypes}
     if platform == "cpu" and "bfloat16" in dtypes:
         yield _cpu.REASONS[_cpu.bfloat16_form()]
+    if platform == "cpu" and dtypes & _EIGHT_BITS:
+        yield REASON_ON_CPU
     if platform in ("gpu", "cuda", "rocm") and dtypes & {"bfloat16", "float16"}:
         yield (
             "A bias is added in the dtype in which the forward product leaves:"

@@ -28,6 +28,7 @@ from jaxlinear import (
     _linear,
     _parameters,
     _plain,
+    _quantized,
     _sharding,
 )
 from jaxlinear.inspect import _accuracy, _hlo
@@ -567,3 +568,84 @@ def _():
 def _():
     is_explained = property(lambda self: not self.error > self.explained)
     _accuracy.Measurement.is_explained = is_explained
+
+
+# Eight bits.
+
+
+EIGHT = "test_eight_bits.py::"
+MAXIMA = f"{EIGHT}test_collectives_are_those_of_bfloat16_and_the_maxima"
+
+
+@mutant(
+    "a second derivative that is taken for zero",
+    f"{EIGHT}test_second_derivatives_need_gradient_products_of_more_bits[int8]",
+)
+def _():
+    def silent(right):
+        return lambda quantized: quantized._replace(array=None)
+
+    replace(_quantized, "_without_array", silent)
+
+
+@mutant(
+    "an operand that is quantized for each product",
+    f"{MAXIMA}[float8-AxisType.Auto-data]",
+)
+def _():
+    replace(_quantized, "as_operand", lambda right: lambda *a, made=None: right(*a))
+
+
+@mutant(
+    "a cotangent that is quantized for each product",
+    f"{MAXIMA}[float8-AxisType.Auto-data]",
+)
+def _():
+    replace(_quantized, "as_shared_operand", lambda right: lambda G, *products: G)
+
+
+@mutant(
+    "8 bits that are cast before they are gathered",
+    f"{MAXIMA}[float8-AxisType.Auto-fsdp over the output features]",
+)
+def _():
+    replace(_quantized, "has_one_device", lambda right: lambda: True)
+
+
+@mutant(
+    "one scale for every element of a map",
+    f"{EIGHT}test_each_element_of_a_map_is_quantized_by_itself[float8]",
+)
+def _():
+    def merged(right):
+        def of_rows(apply, statics, derivative=None):
+            products, *rest = statics
+            per_row = (p._replace(scaling="per_row") for p in products)
+            leading = right(apply, (type(products)(*per_row), *rest)).leading
+            return right(apply, statics, derivative)._replace(leading=leading)
+
+        return of_rows
+
+    replace(_linear, "_map", merged)
+
+
+@mutant(
+    "a scale that is lost where what jax.vmap maps is contracted",
+    f"{EIGHT}test_gradients_of_a_map_are_as_accurate_as_those_without[float8-weight-0]",
+)
+def _():
+    def lost(right):
+        return lambda b, a, axes: (a.array, right(b, a, axes)[1])
+
+    replace(_quantized, "_with_scale_of", lost)
+
+
+@mutant(
+    "a scale without the infinities of int8",
+    f"{EIGHT}test_infinities_and_nan_end_up_where_they_would_unquantized[int8-inf]",
+)
+def _():
+    def finite(right):
+        return lambda a, *rest: right(jnp.nan_to_num(a), *rest)
+
+    replace(_quantized, "_quantized", finite)

@@ -2,7 +2,7 @@
 
     python tests/deep/targets/eight_bits.py TARGET [RECIPE ...]
 
-compiles a layer of 4096 rows, 2048 features in and 8192 out, and its gradients, for
+compiles a layer of 4096 rows, 4096 features in and as many out, and its gradients, for
 TARGET (h100, b200, v5e, v5p, v6e or tpu7x), and prints a line of JSON for each product:
 the dtypes that are multiplied, the operation or the library that multiplies them, and
 for TPUs the cycles that the compiler expects of it; and one for the whole: its kernels
@@ -24,7 +24,7 @@ os.environ |= SETTINGS | {"XLA_FLAGS": "--xla_gpu_enable_triton_gemm=false"}
 import jax
 from jax.sharding import SingleDeviceSharding
 from kernels import kernels
-from measure import HIDDEN, ROWS, TOPOLOGIES, WIDTH, device
+from measure import TOPOLOGIES, device
 
 import jaxlinear
 
@@ -40,7 +40,7 @@ RECIPES = {
 PRODUCTS = "forward_product", "input_gradient", "weight_gradient"
 
 
-def arguments(topology, rows=ROWS, width=WIDTH, hidden=HIDDEN):
+def arguments(topology, rows=4096, width=4096, hidden=4096):
     """x, weight, bias and G, on a device that is not here."""
     sharding = SingleDeviceSharding(topology.devices[0])
     shapes = (rows, width), (hidden, width), (hidden,), (rows, hidden)
