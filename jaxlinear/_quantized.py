@@ -5,12 +5,13 @@ sum is that of 8-bit values, and the scales are multiplied once. That takes scal
 are constant along the contracted axes.
 """
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import export, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
@@ -131,23 +132,7 @@ def multiply_quantized(a, b, contracted_axes, product, sharding):
     if varying:
         a, b = _with_scale_of(b, a, contracted_axes)
         a = as_operand(a, product, 0, contracted_axes[0])
-    rows, columns = (
-        jnp.squeeze(o.scale, axes)
-        for o, axes in zip((a, b), contracted_axes, strict=True)
-    )
-    is_scalar = all(length == 1 for length in (*rows.shape, *columns.shape))
-    if is_scalar:
-        rows, columns = rows.reshape(()), columns.reshape(())
-    else:
-        rows, columns = (
-            jnp.expand_dims(rows, range(rows.ndim, rows.ndim + columns.ndim)),
-            jnp.expand_dims(columns, range(rows.ndim)),
-        )
-    if sharding is not None:
-        rows, columns = (
-            sharded_as_factor(scale, sharding) for scale in (rows, columns)
-        )
-    scale = rows * columns
+    scale = _scale_of_product(a, b, contracted_axes, sharding)
     leaving = product.preferred_element_type
 
     def scaled(dtype):
@@ -160,7 +145,7 @@ def multiply_quantized(a, b, contracted_axes, product, sharding):
         return multiplied
 
     wide = scaled(jnp.dtype("float32"))
-    if not is_scalar or leaving != jnp.bfloat16 or product.dtype[0] == "int8":
+    if scale.ndim or leaving != jnp.bfloat16 or product.dtype[0] == "int8":
         return wide(a.values, b.values, scale)
     # XLA for GPUs makes one call of this, with a float32 scale and one rounding.
     narrow = scaled(leaving)
@@ -186,8 +171,27 @@ def _(contracted_axes, product, sharding, primals, tangents):
     return Y, dY
 
 
+def _scale_of_product(a, b, contracted_axes, sharding):
+    """The scales of both, multiplied: a scalar, or with the axes of the product."""
+    rows, columns = (
+        jnp.squeeze(o.scale, axes)
+        for o, axes in zip((a, b), contracted_axes, strict=True)
+    )
+    if all(length == 1 for length in (*rows.shape, *columns.shape)):
+        rows, columns = rows.reshape(()), columns.reshape(())
+    else:
+        before, after = range(rows.ndim), range(rows.ndim, rows.ndim + columns.ndim)
+        rows, columns = jnp.expand_dims(rows, after), jnp.expand_dims(columns, before)
+    if sharding is not None:
+        rows, columns = (sharded_as_factor(s, sharding) for s in (rows, columns))
+    return rows * columns
+
+
 def _multiply_values(a, b, contracted_axes, precision, dtype, sharding):
     """The product of 8-bit values, with a result of ``dtype``."""
+    sums = dtype
+    if a.dtype == "int8" and not _may_overflow(a, contracted_axes[0]):
+        sums = jnp.dtype("int32")
 
     def plain(a, b):
         Y = lax.dot_general(
@@ -195,7 +199,7 @@ def _multiply_values(a, b, contracted_axes, precision, dtype, sharding):
             b,
             (contracted_axes, ((), ())),
             precision=precision,
-            preferred_element_type="int32" if a.dtype == "int8" else dtype,
+            preferred_element_type=sums,
             out_sharding=sharding,
         )
         return Y.astype(dtype)
@@ -210,6 +214,14 @@ def _multiply_values(a, b, contracted_axes, precision, dtype, sharding):
     # Of several devices an operand that is cast is gathered for each product again.
     cpu = on_cpu if has_one_device() else plain
     return lax.platform_dependent(a, b, cpu=cpu, default=plain)
+
+
+def _may_overflow(a, contracted_axes):
+    """Whether so many products of int8 could be more than int32 has."""
+    lengths = [a.shape[axis] for axis in contracted_axes]
+    if any(map(export.is_symbolic_dim, lengths)):
+        return False
+    return math.prod(lengths) * 127**2 > jnp.iinfo("int32").max
 
 
 def _varies_elsewhere(scale, contracted_axes):

@@ -148,6 +148,14 @@ def test_tiny_and_huge_gradients_have_the_same_relative_error(name, size):
         assert relative_error(b, wide(a) * size) < 1e-2
 
 
+@each_recipe
+def test_a_constant_is_exact_however_long_the_sum(name):
+    rows = 140_000  # With 127 in each, int32 overflows at 133,145.
+    x, G = jnp.full((rows, 2), 0.3), jnp.full((rows, 3), -0.7)
+    gradient = jax.vjp(layer(name), x, jnp.ones((3, 2)))[1](G)[1]
+    np.testing.assert_allclose(gradient, -0.21 * rows, rtol=1e-4)
+
+
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
 @each_recipe
 def test_infinities_and_nan_end_up_where_they_would_unquantized(name, value):
