@@ -133,24 +133,24 @@ def multiply_quantized(a, b, contracted_axes, product, sharding):
         a, b = _with_scale_of(b, a, contracted_axes)
         a = as_operand(a, product, 0, contracted_axes[0])
     scale = _scale_of_product(a, b, contracted_axes, sharding)
-    leaving = product.preferred_element_type
+    leaving, wide = product.preferred_element_type, jnp.dtype("float32")
 
-    def scaled(dtype):
+    def scaled(product_dtype, dtype):
         def multiplied(a, b, scale):
-            Y = _multiply_values(
-                a, b, contracted_axes, product.precision, dtype, sharding
-            )
-            return (Y * scale.astype(Y.dtype)).astype(leaving)
+            options = contracted_axes, product.precision, product_dtype, sharding
+            Y = _multiply_values(a, b, *options).astype(dtype)
+            return (Y * scale.astype(dtype)).astype(leaving)
 
         return multiplied
 
-    wide = scaled(jnp.dtype("float32"))
+    in_float32 = scaled(wide, wide)
     if scale.ndim or leaving != jnp.bfloat16 or product.dtype[0] == "int8":
-        return wide(a.values, b.values, scale)
-    # XLA for GPUs makes one call of this, with a float32 scale and one rounding.
-    narrow = scaled(leaving)
+        return in_float32(a.values, b.values, scale)
+    # XLA for GPUs makes one call of the first, with a float32 scale and one rounding.
+    # Devices add up partial sums in bfloat16, as without 8 bits.
+    gpu, tpu = scaled(leaving, leaving), scaled(leaving, wide)
     return lax.platform_dependent(
-        a.values, b.values, scale, cuda=narrow, rocm=narrow, default=wide
+        a.values, b.values, scale, cuda=gpu, rocm=gpu, tpu=tpu, default=in_float32
     )
 
 
