@@ -19,7 +19,7 @@ from oracle import exact, output_and_gradients, random_problem, relative_error, 
 from test_collectives import BATCH, LAYOUTS, LENGTH, OUT, compiled_gradients
 
 import jaxlinear
-from jaxlinear import Product, Products, linear
+from jaxlinear import Product, Products, _quantized, linear
 
 # name: recipe, largest relative error of Y and of the gradients, 512 features wide
 RECIPES = {
@@ -73,8 +73,12 @@ def reference(products, X, W, G):
         yield multiplied(a, b), multiplied(np.abs(a), np.abs(b))
 
 
+@pytest.mark.parametrize("is_alone", [True, False])
 @each_recipe
-def test_products_are_those_of_the_quantized_operands(name):
+def test_products_are_those_of_the_quantized_operands(name, is_alone, monkeypatch):
+    # A CPU alone multiplies them in bfloat16, and one of eight as they are.
+    monkeypatch.setattr(_quantized, "has_one_device", lambda: is_alone)
+    jax.clear_caches()
     x, weight, _, cotangent = random_problem((48,), 96, 64, "float32")
     Y, vjp = jax.vjp(layer(name), x, weight)
     expected = reference(RECIPES[name][0], x, weight, cotangent)
