@@ -169,7 +169,7 @@ def _checked_product(name, product, precision, dtype):
     own = _checked_operands(name, product)
     preferred = product.preferred_element_type
     if preferred is not None:
-        also = "int32" if own == EIGHT_BIT_PAIRS[-1] else ""
+        also = "int32" if own == (jnp.dtype("int8"),) * 2 else ""
         preferred = _checked_element(f"{name}.preferred_element_type", preferred, also)
     product = Product(own, precision, preferred, _checked_scaling(name, product, own))
     if dtype is not None or own is not None:
