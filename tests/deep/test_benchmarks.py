@@ -81,11 +81,12 @@ def test_rows_of_8_bits_stand_beside_bfloat16_and_keep_half_the_bytes(tmp_path):
     )
     assert run.returncode == 0, run.stderr
     rows = json.loads((tmp_path / "results.json").read_text())["results"]
-    for dtype, least in [("float8", 0.02), ("int8", 0.005)]:
+    for dtype in ("float8", "int8"):
         by_library = {row["library"]: row for row in rows if row["dtype"] == dtype}
         ours, naive = by_library["jaxlinear"], by_library["naive formula"]
         assert ours["kept_bytes"] <= 0.52 * naive["kept_bytes"]
-        assert naive["relative_error"] < least < ours["relative_error"]
+        # The others are in bfloat16.
+        assert naive["relative_error"] < 9e-3 < ours["relative_error"]
 
 
 @pytest.mark.parametrize(("before", "now", "found"), [(2, 1, 1), (2, 2, 0), (1, 2, 0)])

@@ -25,13 +25,13 @@ def run(folder, *flags):
 
 
 def test_losses_in_8_bits_are_those_in_bfloat16(tmp_path):
-    result = run(tmp_path, "--steps", "120")
+    result = run(tmp_path, "--steps", "80")
     assert (result.returncode, result.stderr) == (0, ""), result.stdout
     row = r"│ (network|transformer block) +│ (\w+) +│ (\d) +│ ([\d.]+) +│ ([\d.]+) +│"
     rows = re.findall(row, result.stdout)
     assert len(rows) == 2 * 3 * 3
     # Something was learnt: a guess costs ln 10 = 2.3.
-    assert all(float(loss) < 0.6 for *_, loss in rows)
+    assert all(float(loss) < 1 for *_, loss in rows)
     # 8 bits were used: no loss is that of bfloat16.
     losses = {tuple(key): loss for *key, loss, _ in rows}
     for (model, recipe, seed), loss in losses.items():
