@@ -67,7 +67,7 @@ def grad_of_vmap_of_a_jitted_layer(layer):
     return _gradients((0, None, None), jax.jit(layer))
 
 
-def jvp_of_vmap(layer):
+def jvp_of_vmap_over_x(layer):
     axes = 0, None, None
     return lambda *a: jax.jvp(_mapped(axes, layer), a, a), _arguments(axes)
 
@@ -91,7 +91,7 @@ def grad_of_grad_of_vmap(layer):
     return jax.grad(norm, EVERY), _arguments(axes)
 
 
-def vmap_of_grad(layer):
+def vmap_of_grad_over_x(layer):
     axes = 0, None, None
     return _mapped(axes, jax.grad(_squares(layer), EVERY)), _arguments(axes)
 
