@@ -31,7 +31,7 @@ from jaxlinear._formulas import (
 from jaxlinear._linear_map import LinearMap, Term, linear_map, linear_map_p
 from jaxlinear._plain import in_plain_autodiff, plain_linear
 from jaxlinear._product import Products, accumulator
-from jaxlinear._quantized import as_operand, as_shared_operand, kept
+from jaxlinear._quantized import as_operand, as_shared_operand, kept_operand
 from jaxlinear._sharding import (
     ArrayType,
     broadcast_over_rows,
@@ -196,9 +196,9 @@ def _linear_forward(x, weight, bias, products, Y_type, gradient_types):
     X = as_operand(x.value, forward, 0, (last,))
     W = as_operand(weight.value, forward, 1, (1,))
     Y = forward_product(X, W, bias and bias.value, forward, Y_type)
-    X = as_operand(x.value, weight_grad, 1, (*leading,), made=X)
-    W = as_operand(weight.value, input_grad, 1, (0,), made=W)
-    return Y, (kept(X) if weight.perturbed else None, kept(W) if x.perturbed else None)
+    X = kept_operand(x.value, X, weight_grad, (*leading,)) if weight.perturbed else None
+    W = kept_operand(weight.value, W, input_grad, (0,)) if x.perturbed else None
+    return Y, (X, W)
 
 
 def _linear_backward(products, Y_type, gradient_types, residuals, G):

@@ -50,24 +50,14 @@ class Quantized(NamedTuple):
         return (self.values.astype(jnp.float32) * self.scale).astype(dtype)
 
 
-def as_operand(array, product, position, contracted_axes, made=None) -> Any:
-    """``array`` as ``product`` multiplies it, in the ``position`` 0 or 1.
-
-    It is cast, or quantized; ``made`` is the operand of another product, which is taken
-    where it is the same.
-    """
+def as_operand(array, product, position, contracted_axes) -> Any:
+    """``array`` as ``product`` multiplies it, in the ``position`` 0 or 1."""
     if not product.is_scaled:
-        dtype = product.operand_dtype
-        is_same = isinstance(made, jax.Array) and made.dtype == dtype
-        return made if is_same else array.astype(dtype)
-    dtype, axes = product.dtype[position], tuple(range(array.ndim))
-    shared = contracted_axes if product.scaling == "per_row" else axes
-    if isinstance(made, Quantized) and made.dtype == dtype:
-        made_shared = [axis for axis in axes if made.scale.shape[axis] == 1]
-        if made_shared == [*shared]:
-            return made
+        return array.astype(product.operand_dtype)
+    is_per_row = product.scaling == "per_row"
+    shared = contracted_axes if is_per_row else tuple(range(array.ndim))
     # Products have derivatives of their own, for the array.
-    quantized = _quantized(lax.stop_gradient(array), dtype, shared)
+    quantized = _quantized(lax.stop_gradient(array), product.dtype[position], shared)
     return quantized._replace(array=array)
 
 
@@ -100,9 +90,20 @@ def _quantized(array, dtype, axes):
     return Quantized(values, scale)
 
 
-def kept(operand):
-    """``operand`` for the backward pass, without the array that was quantized."""
-    return _without_array(operand) if isinstance(operand, Quantized) else operand
+def kept_operand(array, made, product, contracted_axes):
+    """``array`` for the backward pass, as ``product`` multiplies it in the position 1.
+
+    ``made`` is the operand of the forward product, which is taken where it is the same.
+    """
+    if not product.is_scaled:
+        is_same = isinstance(made, jax.Array) and made.dtype == product.operand_dtype
+        return made if is_same else as_operand(array, product, 1, contracted_axes)
+    is_same = isinstance(made, Quantized) and made.dtype == product.dtype[1]
+    axes = range(array.ndim)
+    shared = [*contracted_axes] if product.scaling == "per_row" else [*axes]
+    if not is_same or shared != [axis for axis in axes if made.scale.shape[axis] == 1]:
+        made = as_operand(array, product, 1, contracted_axes)
+    return _without_array(made)
 
 
 @jax.custom_jvp

@@ -312,7 +312,7 @@ def test_data_parallel_with_a_weight_that_is_replicated(name):
     assert relative_error(found, expected) < RECIPES[name][2]
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@each_recipe
 def test_a_scan_over_layers_keeps_8_bits(name):
     x, weight, _, _ = random_problem((64,), 128, 128, "float32")
     weights = jnp.stack([weight / 12] * 4)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlinear._arguments import checked_products
 from jaxlinear._linear import linear
 from jaxlinear._product import FLOAT8, INT8, accumulator
 
@@ -165,16 +166,14 @@ def _of_operands(arrays, products):
     pairs = (X, W.T), (G, W), (G.T, X)
 
     def of(product, a, b):
-        dtypes = (
-            [product.dtype] * 2 if isinstance(product.dtype, str) else product.dtype
-        )
         is_per_row = product.scaling == "per_row"
         first, second = (
             _variance(operand, dtype, axis if is_per_row else None)
-            for operand, dtype, axis in zip((a, b), dtypes, (1, 0), strict=True)
+            for operand, dtype, axis in zip((a, b), product.dtype, (1, 0), strict=True)
         )
         return 1.1 * math.sqrt(np.sum(first @ b**2 + (a**2 + first) @ second))
 
+    products = checked_products(products, None)
     return [of(p, *pair) for p, pair in zip(products, pairs, strict=True)] + [0.0]
 
 

@@ -593,7 +593,10 @@ def _():
     f"{MAXIMA}[float8-AxisType.Auto-data]",
 )
 def _():
-    replace(_quantized, "as_operand", lambda right: lambda *a, made=None: right(*a))
+    def again(right):
+        return lambda array, made, *rest: right(array, None, *rest)
+
+    replace(_quantized, "kept_operand", again)
 
 
 @mutant(
