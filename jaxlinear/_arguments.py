@@ -7,8 +7,10 @@ itself, such as an algorithm that a device does not have, is left to JAX.
 import difflib
 import functools
 import inspect
+import math
 import operator
 import sys
+from collections.abc import Mapping
 from typing import Any, get_args
 
 import jax
@@ -336,18 +338,68 @@ Placement = jax.Device | Sharding
 """Where parameters are created: on one device, or split over several."""
 
 
-def checked_features(name, count):
-    """``count`` as a Python integer that is not negative."""
-    required = f"`{name}` must be an integer"
-    if isinstance(count, jax.Array):  # Which may be traced, and has no hash.
-        raise TypeError(f"{required}, got a JAX array")
-    try:
-        checked = operator.index(count)
-    except TypeError:
-        raise TypeError(f"{required}, got {count!r}") from None
+def checked_features(name: str, features: Any) -> Any:
+    """A number of features that is not negative, or a tuple of one for each axis."""
+    if not isinstance(features, (tuple, list)):
+        return _checked_count(name, features)
+    if not features:
+        raise ValueError(f"`{name}` must have a number for one axis at least, got ()")
+    return tuple(_checked_count(name, count) for count in features)
+
+
+def _checked_count(name, count):
+    checked = _checked_integer(name, count)
     if checked < 0:
         raise ValueError(f"`{name}` must not be negative, got {checked}")
     return checked
+
+
+def _checked_integer(name, value):
+    required = f"`{name}` must be an integer"
+    if isinstance(value, jax.Array):  # Which may be traced, and has no hash.
+        raise TypeError(f"{required}, got a JAX array")
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{required}, got {value!r}") from None
+
+
+def checked_axis(axis: Any) -> Any:
+    """The axis of the input that is contracted, or a tuple of several."""
+    if not isinstance(axis, (tuple, list)):
+        return _checked_integer("axis", axis)
+    return tuple(_checked_integer("axis", one) for one in axis)
+
+
+def check_axis_matches(axis, in_features):
+    """Refuse more or fewer axes than numbers of input features."""
+    axes, sizes = (as_tuple(value) for value in (axis, in_features))
+    if len(axes) != len(sizes):
+        raise ValueError(
+            f"`axis` must have as many axes as `in_features`, got {axis!r} and"
+            f" {in_features!r}"
+        )
+
+
+def as_tuple(value):
+    """An integer as a tuple of one, a tuple as it is."""
+    return value if isinstance(value, tuple) else (value,)
+
+
+def checked_axes(x, axis, sizes=None):
+    """``axis`` of x as indices in ascending order, of axes that have these sizes."""
+    if x.ndim < len(axis) or not all(-x.ndim <= one < x.ndim for one in axis):
+        raise ValueError(f"`x` must have the axes {axis}, got shape {x.shape}")
+    axes = sorted(one % x.ndim for one in axis)
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"`axis` must not name an axis twice, got {axis}")
+    found = tuple(x.shape[one] for one in axes)
+    if sizes is not None and found != tuple(sizes):
+        raise ValueError(
+            f"`x` must have in_features {tuple(sizes)} along its axes {axis}, got shape"
+            f" {x.shape}"
+        )
+    return axes
 
 
 def checked_sharding(name, device):
@@ -404,6 +456,19 @@ def check_placeable(parameter):
             )
 
 
+def check_names_are_known(kernel):
+    """Refuse a box of Linen's whose names of the axes could not be moved with them."""
+    from flax.core import meta
+
+    if isinstance(kernel, meta.AxisMetadata) and not isinstance(
+        kernel, meta.Partitioned
+    ):
+        raise TypeError(
+            "`kernel_init` must return an array or a flax.linen.Partitioned, got"
+            f" {type(kernel).__name__}"
+        )
+
+
 def check_bound(bound, limit):
     """Refuse a dtype whose largest value inside ``bound`` is ``limit``, a zero."""
     if bound and not limit:
@@ -418,6 +483,8 @@ _IN_THE_PLACE_OF = {
     " replaces `jax.lax.dot_general` finds it inside `jaxlinear.plain_autodiff()`",
     "dot_general_cls": "as for `dot_general`",
     "promote_dtype": "`dtype` and `products` say to what the operands are cast",
+    "batch_axis": "map the layer with `nnx.vmap` or `jax.vmap`",
+    "batch_dims": "map the layer with `nn.vmap` or `jax.vmap`",
     "preferred_element_type": "say it of a product, as in"
     " `products=Products(forward=Product(preferred_element_type=...))`",
 }
@@ -431,6 +498,63 @@ def refuse_others(arguments):
     for name, value in arguments.items():
         if name not in _IN_THE_PLACE_OF:
             raise TypeError(f"unexpected argument `{name}`")
-        if value is not None:
+        if value is not None and not _is_empty(value):
             message = f"unexpected argument `{name}`: {_IN_THE_PLACE_OF[name]}"
             raise TypeError(message)
+
+
+def _is_empty(value):
+    return isinstance(value, (tuple, list, Mapping)) and not value
+
+
+# Models and trees of parameters.
+
+
+def check_is_a(name, value, kind):
+    if not isinstance(value, kind):
+        required = f"a flax.nnx.{kind.__name__}"
+        raise TypeError(f"`{name}` must be {required}, got {type(value).__name__}")
+
+
+def checked_layers(layers, axes_type):
+    """Layers as a dict from paths to axes."""
+    if isinstance(layers, str):
+        raise TypeError(
+            f"`layers` must be paths of layers, got one string: pass [{layers!r}]"
+        )
+    if not isinstance(layers, Mapping):
+        layers = dict.fromkeys(layers, axes_type())
+    checked = {}
+    for path, axes in layers.items():
+        if not isinstance(path, str):
+            raise TypeError(
+                f"`layers` must have dotted paths, such as 'mlp.up', got {path!r}"
+            )
+        try:
+            inputs, outputs = axes
+            checked[path] = axes_type(operator.index(inputs), operator.index(outputs))
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"`layers` must say how many input and output axes {path!r} has, such"
+                f" as (1, 1), got {axes!r}"
+            ) from None
+    return checked
+
+
+def check_layers_found(entry, missing):
+    """Refuse to leave out a layer that was named."""
+    if missing:
+        names = ", ".join(map(repr, sorted(missing)))
+        required = f"`layers` must have an entry {entry!r} in `tree`"
+        raise ValueError(f"{required}, where there is none for {names}")
+
+
+def check_unfactored(path, leaf, axes):
+    """Refuse what is kept of a parameter by fewer axes, which do not say which."""
+    size, ndim = math.prod(np.shape(leaf)), len(np.shape(leaf))
+    if ndim < axes and size > 1:
+        raise ValueError(
+            f"`tree` must have {axes} axes or more at {path!r}, got shape"
+            f" {np.shape(leaf)}: start this state anew (a factored optimizer's does not"
+            " say which axes it belongs to)"
+        )

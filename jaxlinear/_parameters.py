@@ -1,19 +1,24 @@
-"""The parameters of a module: what they start from, and where they are created.
+"""The parameters of a module: what they start from, and where they are created."""
 
-Flax's initializers and names speak of a kernel (in, out); the weight is (out, in), as
-PyTorch's.
-"""
-
+import dataclasses
 import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
+from flax import nnx
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlinear._arguments import check_bound, check_placeable
+from jaxlinear._arguments import (
+    check_bound,
+    check_names_are_known,
+    check_placeable,
+    checked_drawn,
+)
+from jaxlinear._kernels import Axes, weight_of
 
 
 @functools.cache  # One function object per size: `jax.jit` compiles each once.
@@ -51,42 +56,59 @@ def _draw(key, shape, dtype, bound):
     return jnp.clip(values, -float(limit), float(limit)).astype(dtype)
 
 
-def swapped_names(spec):
-    """The names of the axes of a weight (out, in): those of its kernel, (in, out)."""
-    if isinstance(spec, NamedSharding):
-        return spec.update(spec=swapped_names(spec.spec))
-    if isinstance(spec, PartitionSpec):
-        in_axis, out_axis = (*spec.partitions, None, None)[:2]
-        left = {"unreduced": spec.unreduced, "reduced": spec.reduced}
-        return PartitionSpec(out_axis, in_axis, **left)
-    in_axis, out_axis = (*spec, None, None)[:2]
-    return out_axis, in_axis
+# A parameter is created by the initializer of a module, None for PyTorch's, from the
+# sizes of the axes of the input and of the output.
 
 
-def initializer(chosen, in_features):
-    """``chosen``, or PyTorch's where a module was given None."""
-    return uniform(in_features) if chosen is None else chosen
+def created_weight(init, key, in_shape, out_shape, dtype, sharding):
+    """The weight (*out, *in) of a kernel that ``init`` draws as a matrix (in, out)."""
+    return _created(_weight, init, key, in_shape, out_shape, dtype, sharding)
 
 
-def created(init, finish, key, shape, dtype, sharding):
-    """``finish`` of what ``init`` draws, created with ``sharding`` where one is given.
+def created_bias(init, key, in_shape, out_shape, dtype, sharding):
+    """The bias (*out,), which ``init`` draws as a vector.
 
-    Every device computes its own shard: none ever holds more.
+    It is sharded as the first axes of the weight, which it shares.
     """
+    if isinstance(sharding, NamedSharding):
+        spec = PartitionSpec(*sharding.spec[: len(out_shape)])
+        sharding = sharding.update(spec=spec)
+    return _created(_bias, init, key, in_shape, out_shape, dtype, sharding)
+
+
+def _created(draw, init, key, in_shape, out_shape, dtype, sharding):
+    init = uniform(math.prod(in_shape)) if init is None else init
     if sharding is None:
-        return finish(init(key, shape, dtype), shape)
-    draw = jax.jit(_drawn, static_argnums=(0, 1, 3, 4), out_shardings=sharding)
-    return draw(init, finish, key, shape, dtype)
+        return draw(key, init, in_shape, out_shape, dtype)
+    # Every device computes its own shard: none ever holds more.
+    place = jax.jit(_placed, static_argnums=range(1, 6), out_shardings=sharding)
+    return place(key, draw, init, in_shape, out_shape, dtype)
 
 
-def _drawn(init, finish, key, shape, dtype):
-    parameter = finish(init(key, shape, dtype), shape)
+def _placed(key, draw, *arguments):
+    parameter = draw(key, *arguments)
     check_placeable(parameter)
     return parameter
 
 
-def bias_sharding(weight_sharding):
-    """The sharding of the bias: that of the weight's first axis, which it shares."""
-    if not isinstance(weight_sharding, NamedSharding):
-        return weight_sharding
-    return weight_sharding.update(spec=PartitionSpec(*weight_sharding.spec[:1]))
+def _weight(key, init, in_shape, out_shape, dtype):
+    matrix = math.prod(in_shape), math.prod(out_shape)
+    drawn = init(key, matrix, dtype)
+    check_names_are_known(drawn)
+    kernel = _reshaped("kernel_init", drawn, matrix, (*in_shape, *out_shape))
+    return weight_of(kernel, Axes(len(in_shape), len(out_shape)))
+
+
+def _bias(key, init, in_shape, out_shape, dtype):
+    vector = (math.prod(out_shape),)
+    return _reshaped("bias_init", init(key, vector, dtype), vector, out_shape)
+
+
+def _reshaped(name, drawn, expected, shape):
+    """What an initializer has drawn, which may be in a box with names of its axes."""
+    if isinstance(drawn, nnx.VariableMetadata):
+        value = _reshaped(name, drawn.raw_value, expected, shape)
+        return dataclasses.replace(drawn, raw_value=value)
+    if isinstance(drawn, nn.meta.AxisMetadata):
+        return drawn.replace_boxed(_reshaped(name, nn.unbox(drawn), expected, shape))
+    return checked_drawn(name, drawn, expected).reshape(shape)

@@ -1,6 +1,6 @@
 """The linear layer for Flax Linen."""
 
-import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,11 +17,13 @@ except ModuleNotFoundError as error:
 
 from jaxlinear._arguments import (
     Placement,
+    as_tuple,
     check_initializer,
     check_input,
     check_shapes,
     checked_array,
-    checked_drawn,
+    checked_axes,
+    checked_axis,
     checked_features,
     checked_optional_dtype,
     checked_param_dtype,
@@ -30,8 +32,10 @@ from jaxlinear._arguments import (
     checked_sharding,
     refuse_others,
 )
-from jaxlinear._linear import linear
-from jaxlinear._parameters import bias_sharding, created, initializer, swapped_names
+from jaxlinear._axes import linear_over_axes
+from jaxlinear._kernels import convert_tree as convert_tree
+from jaxlinear._kernels import revert_tree as revert_tree
+from jaxlinear._parameters import created_bias, created_weight
 from jaxlinear._product import Products
 
 
@@ -42,35 +46,42 @@ class Linear(nn.Module):
     speak of a kernel (in, out). The parameters have PyTorch's names and layout,
     ``weight`` (out, in) and ``bias`` (out,), where in is read from the input.
 
+    With a tuple of features or of axes it is ``flax.linen.DenseGeneral``, as in the
+    projections of an attention: ``Linear((8, 8))`` maps (*, 64) to (*, 8, 8), and
+    ``Linear(64, axis=(-2, -1))`` back. The weight is (*features, *in), which is
+    multiplied as the matrix that it is in memory.
+
     What looks for a parameter called ``kernel`` must be told of ``weight``:
     ``nn.WeightNorm(layer, feature_axes=0, variable_filter={"weight"})``, or
     ``"weight"`` in the mask of an optimizer.
 
     Attributes:
-      features: size of the last axis of the output.
+      features: size of the last axis of the output, or of each of its last axes.
       use_bias: whether there is a bias.
       dtype: dtype of the computation and of the output. Default: the promoted dtype of
         the input and the parameters.
       param_dtype: dtype of the parameters.
       precision: precision of the three products, as in :func:`jaxlinear.linear`.
       kernel_init: initializer ``init(key, shape, dtype)`` that draws the transposed
-        weight (in, features); the names of ``nn.with_partitioning`` are those of the
-        axes (in, out), and are kept as those of the weight's (out, in). Default:
-        U(-√k, √k), k = 1/in_features, as in PyTorch.
+        weight (in, features), as a matrix where there are several axes; the names of
+        ``nn.with_partitioning`` are those of the axes (in, out), and are kept as those
+        of the weight's (out, in). Default: U(-√k, √k), k = 1/in_features, as in
+        PyTorch.
       bias_init: initializer of the bias. Default: the same distribution.
       products: what one product has for itself, as in :func:`jaxlinear.linear`.
       device: a ``jax.Device`` or a ``jax.sharding.Sharding`` where the parameters are
         created. It shards the weight (out, in); the bias is sharded as the weight's
-        first axis.
-      promote_dtype, dot_general, dot_general_cls: Flax's, which have no place here, and
-        are refused.
+        output axes.
+      axis: axes of the input that are contracted, in ascending order, as in Flax.
+      promote_dtype, dot_general, dot_general_cls, batch_dims: Flax's, which have no
+        place here, and are refused.
 
     Raises:
       ValueError: if ``features`` is negative, a precision is unknown, or an initializer
         returns another shape.
-      TypeError: if ``features`` is no integer, a dtype is neither floating nor complex,
-        ``device`` is neither a device nor a sharding, or an initializer cannot be
-        called.
+      TypeError: if ``features`` or ``axis`` is no integer, a dtype is neither floating
+        nor complex, ``device`` is neither a device nor a sharding, or an initializer
+        cannot be called.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -80,7 +91,7 @@ class Linear(nn.Module):
       {'params': {'bias': (2,), 'weight': (2, 3)}}
     """
 
-    features: int
+    features: int | Sequence[int]
     use_bias: bool = True
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
@@ -92,12 +103,15 @@ class Linear(nn.Module):
     dot_general_cls: Any = None
     products: Products | None = None
     device: Placement | None = None
+    axis: int | Sequence[int] = -1
+    batch_dims: Any = None
 
     def __post_init__(self):
-        others = "promote_dtype", "dot_general", "dot_general_cls"
+        others = "promote_dtype", "dot_general", "dot_general_cls", "batch_dims"
         refuse_others({name: getattr(self, name) for name in others})
         # Kept as they were checked, a list as a tuple: modules have a hash.
         self.features = checked_features("features", self.features)
+        self.axis = checked_axis(self.axis)
         self.dtype = checked_optional_dtype("dtype", self.dtype)
         self.param_dtype = checked_param_dtype(self.param_dtype)
         self.precision = checked_precision("precision", self.precision)
@@ -114,63 +128,48 @@ class Linear(nn.Module):
         """X Wᵀ + B.
 
         Args:
-          x: input (*, in_features).
+          x: input (*, in_features), or with the axes ``axis``.
           out_sharding: as in :func:`jaxlinear.linear`.
 
         Returns:
-          Y (*, out_features).
+          Y (*, features).
 
         Raises:
-          ValueError: if ``x`` is a scalar, or its last axis is not in_features.
+          ValueError: if ``x`` is a scalar, it has not the axes that are contracted, or
+            they have other sizes than in_features.
           TypeError: if ``x`` is no array.
         """
         x = checked_array("x", x)
         check_input(x)
+        out_shape = as_tuple(self.features)
+        axes = checked_axes(x, as_tuple(self.axis))
+        in_shape = tuple(x.shape[axis] for axis in axes)
         weight = nn.unbox(self.get_variable("params", "weight"))
-        if weight is not None:
+        if weight is not None and self.axis == -1:
             # Flax would refuse another number of features without naming `x`.
             check_shapes(x, weight, bias=None)
-        in_features, features, param_dtype = (
-            x.shape[-1],
-            self.features,
+        made = (
+            in_shape,
+            out_shape,
             self.param_dtype,
+            checked_sharding("device", self.device),
         )
-        sharding = checked_sharding("device", self.device)
 
-        init = initializer(self.kernel_init, in_features)
-        init = functools.partial(created, init, _weight)
-        shape = in_features, features
-        weight = self.param("weight", init, shape, param_dtype, sharding)
-        bias = None
-        if self.use_bias:
-            init = initializer(self.bias_init, in_features)
-            init = functools.partial(created, init, _bias)
-            sharding = bias_sharding(sharding)
-            bias = self.param("bias", init, (features,), param_dtype, sharding)
-        return linear(
+        def weight_init(key, *made):
+            return created_weight(self.kernel_init, key, *made)
+
+        def bias_init(key, *made):
+            return created_bias(self.bias_init, key, *made)
+
+        weight = self.param("weight", weight_init, *made)
+        bias = self.param("bias", bias_init, *made) if self.use_bias else None
+        return linear_over_axes(
             x,
             weight,
             bias,
+            self.axis,
             dtype=self.dtype,
             precision=self.precision,
             products=self.products,
             out_sharding=out_sharding,
         )
-
-
-def _weight(kernel, shape):
-    """The weight (out, in) of a kernel, which may be in a box that names its axes."""
-    if not isinstance(kernel, nn.meta.AxisMetadata):
-        return checked_drawn("kernel_init", kernel, shape).T
-    if not isinstance(kernel, nn.Partitioned):
-        raise TypeError(
-            "`kernel_init` must return an array or a flax.linen.Partitioned, got"
-            f" {type(kernel).__name__}"
-        )
-    weight = checked_drawn("kernel_init", kernel.value, shape).T
-    return kernel.replace(value=weight, names=swapped_names(kernel.names))
-
-
-def _bias(bias, shape):
-    checked_drawn("bias_init", nn.unbox(bias), shape)
-    return bias

@@ -1,26 +1,22 @@
 """The linear layer for Flax NNX."""
 
-import dataclasses
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-try:
-    from flax import nnx
-except ModuleNotFoundError as error:
-    message = "jaxlinear.nnx needs Flax: pip install 'jaxlinear[flax]'"
-    raise ModuleNotFoundError(message, name=error.name) from error
-
 from jaxlinear._arguments import (
     Placement,
+    as_tuple,
+    check_axis_matches,
     check_initializer,
-    checked_drawn,
+    checked_axis,
     checked_features,
     checked_optional_dtype,
     checked_param_dtype,
@@ -29,8 +25,9 @@ from jaxlinear._arguments import (
     checked_sharding,
     refuse_others,
 )
-from jaxlinear._linear import linear
-from jaxlinear._parameters import bias_sharding, created, initializer, swapped_names
+from jaxlinear._axes import linear_over_axes
+from jaxlinear._kernels import Axes, weight_metadata
+from jaxlinear._parameters import created_bias, created_weight
 from jaxlinear._product import Products
 
 
@@ -45,9 +42,16 @@ class Linear(nnx.Module):
     variable_filter=nnx.PathContains("weight"))``, or ``"weight"`` in the mask of an
     optimizer.
 
+    With a tuple of features it is ``flax.nnx.LinearGeneral``, as in the projections of
+    an attention: ``Linear(64, (8, 8), ...)`` maps (*, 64) to (*, 8, 8), and
+    ``Linear((8, 8), 64, axis=(-2, -1), ...)`` back. The weight is (*out_features,
+    *in_features), which is multiplied as the matrix that it is in memory.
+
     Args:
-      in_features: size of the last axis of the input.
-      out_features: size of the last axis of the output.
+      in_features: size of the last axis of the input, or of each of its axes ``axis``.
+      out_features: size of the last axis of the output, or of each of its last axes.
+      axis: axes of the input that are contracted, as many as ``in_features``. They are
+        taken in ascending order, as in Flax.
       use_bias: whether there is a bias.
       dtype: dtype of the computation and of the output. Default: the promoted dtype of
         the input and the parameters.
@@ -55,12 +59,12 @@ class Linear(nnx.Module):
       precision: precision of the three products, as in :func:`jaxlinear.linear`.
       products: what one product has for itself, as in :func:`jaxlinear.linear`.
       kernel_init: initializer ``init(key, shape, dtype)`` that draws the transposed
-        weight (in_features, out_features). Default: U(-√k, √k), k = 1/in_features, as
-        in PyTorch.
+        weight (in_features, out_features), as a matrix where there are several axes.
+        Default: U(-√k, √k), k = 1/in_features, as in PyTorch.
       bias_init: initializer of the bias. Default: the same distribution.
       device: a ``jax.Device`` or a ``jax.sharding.Sharding`` where the parameters are
         created. It shards the weight (out, in); the bias is sharded as the weight's
-        first axis. Name the axes in the metadata then, not by
+        output axes. Name the axes in the metadata then, not by
         ``nnx.with_partitioning``.
       rngs: random number generators; the stream ``params`` draws the parameters.
       kernel_metadata: metadata of the weight's ``nnx.Param``. An ``out_sharding`` names
@@ -68,12 +72,14 @@ class Linear(nnx.Module):
       bias_metadata: metadata of the bias's ``nnx.Param``.
 
     Raises:
-      ValueError: if a number of features is negative, a precision is unknown, or an
-        initializer returns another shape.
-      TypeError: if a number of features is no integer, a dtype is neither floating nor
-        complex, ``device`` is neither a device nor a sharding, an initializer cannot be
-        called, or an argument is one of Flax's that has no place here
-        (``dot_general``, ``promote_dtype``, ``preferred_element_type``).
+      ValueError: if a number of features is negative, ``axis`` has another length than
+        ``in_features``, a precision is unknown, or an initializer returns another
+        shape.
+      TypeError: if a number of features or an axis is no integer, a dtype is neither
+        floating nor complex, ``device`` is neither a device nor a sharding, an
+        initializer cannot be called, or an argument is one of Flax's that has no place
+        here (``dot_general``, ``promote_dtype``, ``preferred_element_type``,
+        ``batch_axis``).
 
     Example:
       >>> import jax.numpy as jnp
@@ -86,9 +92,10 @@ class Linear(nnx.Module):
 
     def __init__(
         self,
-        in_features: int,
-        out_features: int,
+        in_features: int | Sequence[int],
+        out_features: int | Sequence[int],
         *,
+        axis: int | Sequence[int] = -1,
         use_bias: bool = True,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
@@ -105,6 +112,8 @@ class Linear(nnx.Module):
         refuse_others(others)
         self.in_features = checked_features("in_features", in_features)
         self.out_features = checked_features("out_features", out_features)
+        self.axis = checked_axis(axis)
+        check_axis_matches(self.axis, self.in_features)
         self.use_bias = use_bias
         self.dtype = checked_optional_dtype("dtype", dtype)
         self.param_dtype = checked_param_dtype(param_dtype)
@@ -114,25 +123,14 @@ class Linear(nnx.Module):
         check_initializer("bias_init", bias_init)
         sharding = checked_sharding("device", device)
 
-        weight = created(
-            initializer(kernel_init, in_features),
-            _weight,
-            rngs.params(),
-            (self.in_features, self.out_features),
-            self.param_dtype,
-            sharding,
-        )
-        self.weight = nnx.Param(weight, **_swapped_metadata(kernel_metadata))
+        shapes = as_tuple(self.in_features), as_tuple(self.out_features)
+        made = *shapes, self.param_dtype, sharding
+        weight = created_weight(kernel_init, rngs.params(), *made)
+        metadata = weight_metadata(kernel_metadata, Axes(*map(len, shapes)))
+        self.weight = nnx.Param(weight, **metadata)
         self.bias: nnx.Param[jax.Array] | None = nnx.data(None)
         if use_bias:
-            bias = created(
-                initializer(bias_init, in_features),
-                _bias,
-                rngs.params(),
-                (self.out_features,),
-                self.param_dtype,
-                bias_sharding(sharding),
-            )
+            bias = created_bias(bias_init, rngs.params(), *made)
             self.bias = nnx.Param(bias, **bias_metadata)
 
     def __call__(
@@ -141,44 +139,24 @@ class Linear(nnx.Module):
         """X Wᵀ + B.
 
         Args:
-          x: input (*, in_features).
+          x: input (*, in_features), or with the axes ``axis``.
           out_sharding: as in :func:`jaxlinear.linear`.
 
         Returns:
           Y (*, out_features).
 
         Raises:
-          ValueError: if ``x`` is a scalar or its last axis is not in_features.
+          ValueError: if ``x`` has not the axes that are contracted, or they have other
+            sizes than in_features.
         """
         bias = None if self.bias is None else self.bias[...]
-        return linear(
+        return linear_over_axes(
             x,
             self.weight[...],
             bias,
+            self.axis,
             dtype=self.dtype,
             precision=self.precision,
             products=self.products,
             out_sharding=out_sharding,
         )
-
-
-def _weight(kernel, shape):
-    """The weight (out, in) of a kernel, which may be in a box with metadata."""
-    if not isinstance(kernel, nnx.VariableMetadata):
-        return checked_drawn("kernel_init", kernel, shape).T
-    weight = checked_drawn("kernel_init", kernel.raw_value, shape).T
-    metadata = _swapped_metadata(kernel.metadata)
-    return dataclasses.replace(kernel, raw_value=weight, metadata=metadata)
-
-
-def _swapped_metadata(metadata):
-    # Flax's name of the sharding, and those that it had before.
-    names = {"out_sharding", "sharding", "sharding_names"} & metadata.keys()
-    swapped = {n: metadata[n] and swapped_names(metadata[n]) for n in names}
-    return {**metadata, **swapped}
-
-
-def _bias(bias, shape):
-    is_boxed = isinstance(bias, nnx.VariableMetadata)
-    checked_drawn("bias_init", bias.raw_value if is_boxed else bias, shape)
-    return bias

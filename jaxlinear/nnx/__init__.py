@@ -1,0 +1,14 @@
+"""The linear layer for Flax NNX, and the way of a model to it and back."""
+
+try:
+    import flax.nnx as _flax  # noqa: F401
+except ModuleNotFoundError as error:
+    message = "jaxlinear.nnx needs Flax: pip install 'jaxlinear[flax]'"
+    raise ModuleNotFoundError(message, name=error.name) from error
+
+from jaxlinear._kernels import convert_tree as convert_tree
+from jaxlinear._kernels import revert_tree as revert_tree
+from jaxlinear.nnx._convert import Report as Report
+from jaxlinear.nnx._convert import convert as convert
+from jaxlinear.nnx._convert import revert as revert
+from jaxlinear.nnx._linear import Linear as Linear

@@ -1,0 +1,344 @@
+"""A Flax model with our layers in the place of its own, and the way back."""
+
+import inspect
+import re
+from collections import Counter
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
+from jax import lax
+
+from jaxlinear._arguments import as_tuple, check_is_a, checked_products
+from jaxlinear._kernels import Axes, kernel_of, weight_of, with_kernels, with_weights
+from jaxlinear._product import Product, Products
+from jaxlinear.nnx._linear import Linear
+
+
+class Report(NamedTuple):
+    """What :func:`convert` or :func:`revert` did; ``print`` shows it.
+
+    Attributes:
+      converted: the path of each layer that was replaced, with how many input and
+        output axes its kernel has, as ``jaxlinear.nnx.convert_tree`` takes them.
+      left_alone: the path of each linear layer that was not replaced, and why.
+      lost: the path of each replaced layer that could not keep all that it said, and
+        what it lost. Only Flax's layer can lose something: ``products``.
+    """
+
+    converted: dict[str, Axes]
+    left_alone: dict[str, str]
+    lost: dict[str, str]
+
+    def __str__(self):
+        parts = {
+            "converted": list(self.converted),
+            "left alone": [f"{path}: {why}" for path, why in self.left_alone.items()],
+            "lost": [f"{path}: {what}" for path, what in self.lost.items()],
+        }
+        lines = []
+        for title, entries in parts.items():
+            # Layers of a list are one line.
+            alike = Counter(re.sub(r"\b\d+\b", "*", entry) for entry in entries)
+            lines += [f"{title} ({len(entries)}):"] if entries else []
+            lines += [
+                f"  {entry} ({n})" if n > 1 else f"  {entry}"
+                for entry, n in alike.items()
+            ]
+        return "\n".join(lines) or "no linear layers"
+
+
+def convert(model: nnx.Module, optimizer: nnx.Optimizer | None = None) -> Report:
+    """Put our layer in the place of every linear layer of Flax in ``model``.
+
+    It replaces each ``nnx.Linear`` and ``nnx.LinearGeneral``, the projections of
+    ``nnx.MultiHeadAttention`` among them, in place and by value: the kernel becomes the
+    weight, to the bit, with its sharding, its metadata and whatever kind of variable it
+    is; the bias is the same variable; ``dtype``, ``param_dtype``, ``precision`` and
+    ``preferred_element_type`` mean what they did. Shared layers stay shared, stacked
+    ones stacked. The output is Flax's within rounding: the terms of a product may be
+    added in another order, and a low-precision result is rounded once.
+
+    Left alone, and reported, is what has an own way to its product: subclasses, among
+    them ``nnx.LoRALinear``; what is inside of ``nnx.LoRA``, ``nnx.WeightNorm`` or
+    ``nnx.SpectralNorm``, which look for a kernel; layers with a ``dot_general``, a
+    ``promote_dtype`` or a ``batch_axis``; ``nnx.Einsum``; a layer whose kernel
+    something else reads, too.
+
+    Args:
+      model: a model. A layer that is itself the model has nothing that holds it, and is
+        refused: put it into an ``nnx.Sequential``.
+      optimizer: an optimizer of this model, whose state is converted, too. For a plain
+        Optax state there is ``convert_tree(state, report.converted)``.
+
+    Returns:
+      The report. An error leaves the model and the optimizer as they were.
+
+    Raises:
+      TypeError: if ``model`` is no module or is itself a layer, or ``optimizer`` is no
+        ``nnx.Optimizer``.
+      ValueError: if the optimizer has a state with other axes than its parameters'.
+
+    Example:
+      >>> from flax import nnx
+      >>> import jaxlinear.nnx
+      >>> model = nnx.Sequential(nnx.Linear(3, 8, rngs=nnx.Rngs(0)), nnx.relu)
+      >>> print(jaxlinear.nnx.convert(model))
+      converted (1):
+        layers.*
+    """
+    flax = nnx.Linear, nnx.LinearGeneral, nnx.Einsum
+    plan = _plan(model, flax, "kernel", _why_not_ours)
+    weights = _moved_variables(plan, "kernel", weight_of)
+    made = {id(layer): _ours(layer, weights) for layer, _ in plan.layers.values()}
+    return _carried_out(model, optimizer, plan, made, with_weights)
+
+
+def revert(model: nnx.Module, optimizer: nnx.Optimizer | None = None) -> Report:
+    """Put Flax's layers back in the place of ours: the inverse of :func:`convert`.
+
+    The parameters are equal to the bit to what they were. A layer of one input and one
+    output axis becomes an ``nnx.Linear``, one with tuples an ``nnx.LinearGeneral``.
+    ``products`` that Flax's layers have no argument for are lost, and reported.
+
+    Args:
+      model: a model with layers of ours. Subclasses are left alone, and what is inside
+        of ``nnx.LoRA``, ``nnx.WeightNorm`` or ``nnx.SpectralNorm``.
+      optimizer: as in :func:`convert`. For a plain Optax state there is
+        ``revert_tree(state, report.converted)``.
+
+    Returns:
+      The report. An error leaves the model and the optimizer as they were.
+
+    Raises:
+      TypeError, ValueError: as in :func:`convert`.
+
+    Example:
+      >>> from flax import nnx
+      >>> import jaxlinear.nnx
+      >>> layer = jaxlinear.nnx.Linear(3, 8, products=jaxlinear.INT8, rngs=nnx.Rngs(0))
+      >>> print(jaxlinear.nnx.revert(nnx.Sequential(layer, nnx.relu)))
+      converted (1):
+        layers.*
+      lost (1):
+        layers.*: products
+    """
+    plan = _plan(model, (Linear,), "weight", _why_not_flax)
+    kernels = _moved_variables(plan, "weight", kernel_of)
+    made, lost = {}, {}
+    for path, (layer, _) in plan.layers.items():
+        made[id(layer)], is_all = _flax(layer, kernels)
+        if not is_all:
+            lost[path] = "products"
+    return _carried_out(model, optimizer, plan, made, with_kernels, lost)
+
+
+# What is exchanged, and what is not.
+
+
+class _Plan(NamedTuple):
+    layers: dict[str, tuple[Any, Axes]]
+    left_alone: dict[str, str]
+
+
+def _plan(model, kinds, parameter, why_not):
+    """The layers of these kinds in ``model``, by path, that may be exchanged."""
+    check_is_a("model", model, nnx.Module)
+    if isinstance(model, kinds):
+        raise TypeError(
+            "`model` must be what holds the layers, got one that nothing holds, a"
+            f" {type(model).__name__}: put it into an nnx.Sequential"
+        )
+    nodes = dict(nnx.iter_graph(model))  # Each node once.
+    found = {_dotted(p): node for p, node in nodes.items() if isinstance(node, kinds)}
+    wrapped_by = {
+        id(inner): type(node).__name__
+        for node in nodes.values()
+        if isinstance(node, (nnx.LoRA, nnx.WeightNorm, nnx.SpectralNorm))
+        for _, inner in nnx.iter_graph(node)
+    }
+    left_alone = {}
+    for path, layer in found.items():
+        wrapper = wrapped_by.get(id(layer))
+        why = f"it is inside of {wrapper}" if wrapper else why_not(layer)
+        if why:
+            left_alone[path] = why
+    layers = {path: found[path] for path in found if path not in left_alone}
+
+    exchanged = set(map(id, layers.values()))
+    read_at = {
+        id(child): _dotted((*path, name))
+        for path, node in nodes.items()
+        if id(node) not in exchanged
+        for name, child in _children(node)
+    }
+    for path, layer in layers.items():
+        reader = read_at.get(id(getattr(layer, parameter)))
+        if reader is not None:
+            left_alone[path] = f"its {parameter} is {reader}, too"
+    left = {p: (node, _axes(node)) for p, node in layers.items() if p not in left_alone}
+    return _Plan(left, dict(sorted(left_alone.items())))
+
+
+def _why_not_ours(layer):
+    """Why a layer of Flax is left alone, or None."""
+    kind = type(layer)
+    if kind is nnx.Einsum:
+        return "it is an Einsum"
+    if kind not in (nnx.Linear, nnx.LinearGeneral):
+        return f"{kind.__name__} is a subclass"
+    if layer.dot_general not in (None, lax.dot_general):
+        return "it has a dot_general"
+    if layer.promote_dtype is not promote_dtype:
+        return "it has a promote_dtype"
+    if kind is nnx.LinearGeneral and layer.dot_general_cls is not None:
+        return "it has a dot_general_cls"
+    if kind is nnx.LinearGeneral and layer.batch_axis:
+        return "it has a batch_axis"
+    own = vars(layer).keys() - inspect.signature(kind.__init__).parameters.keys()
+    own -= {"kernel", "bias", "_pytree__state", "_pytree__nodes"}
+    if own:
+        return f"it has an attribute of its own: {', '.join(sorted(own))}"
+    preferred, dtype = layer.preferred_element_type, layer.dtype
+    if preferred is None or preferred == (dtype or layer.param_dtype):
+        return None
+    if dtype is None:
+        return "it has a preferred_element_type and no dtype"
+    if jnp.finfo(preferred).bits <= jnp.finfo(dtype).bits:
+        return "its preferred_element_type is no wider than its dtype"
+    return None
+
+
+def _why_not_flax(layer):
+    """Why a layer of ours is left alone, or None."""
+    return None if type(layer) is Linear else f"{type(layer).__name__} is a subclass"
+
+
+# The layers themselves. They are made without values: the variables are moved in.
+
+
+def _moved_variables(plan, parameter, move):
+    """The variable in the place of each one, by its id: a shared one stays shared."""
+    variables = {}
+    for layer, axes in plan.layers.values():
+        old = getattr(layer, parameter)
+        if id(old) not in variables:
+            variables[id(old)] = move(old, axes)
+    return variables
+
+
+def _axes(layer):
+    sizes = as_tuple(layer.in_features), as_tuple(layer.out_features)
+    return Axes(*map(len, sizes))
+
+
+def _ours(layer, weights):
+    dtype, products = _of_preferred(layer.dtype, layer.preferred_element_type)
+    ours = nnx.eval_shape(
+        lambda: Linear(
+            layer.in_features,
+            layer.out_features,
+            axis=getattr(layer, "axis", -1),
+            use_bias=layer.use_bias,
+            dtype=dtype,
+            param_dtype=layer.param_dtype,
+            precision=layer.precision,
+            products=products,
+            rngs=nnx.Rngs(0),
+        )
+    )
+    ours.weight, ours.bias = weights[id(layer.kernel)], layer.bias
+    return ours
+
+
+def _flax(layer, kernels):
+    """Flax's layer, and whether it says all that ours does."""
+    dtype, preferred = layer.dtype, None
+    operand = layer.products and layer.products.forward.dtype
+    if operand is not None and not isinstance(operand, tuple):
+        dtype, preferred = operand, layer.dtype
+    full_dtype, products = _of_preferred(dtype, preferred)
+    products = checked_products(products, None, full_dtype)
+    is_all = (full_dtype, products) == (layer.dtype, layer.products)
+    if not is_all:
+        dtype, preferred = layer.dtype, None
+    is_general = isinstance(layer.in_features, tuple) or layer.axis != -1
+    axis = {"axis": layer.axis} if is_general else {}
+    kind = nnx.LinearGeneral if is_general else nnx.Linear
+    flax = nnx.eval_shape(
+        lambda: kind(
+            layer.in_features,
+            layer.out_features,
+            use_bias=layer.use_bias,
+            dtype=dtype,
+            param_dtype=layer.param_dtype,
+            precision=layer.precision,
+            preferred_element_type=preferred,
+            rngs=nnx.Rngs(0),
+            **axis,
+        )
+    )
+    flax.kernel, flax.bias = kernels[id(layer.weight)], layer.bias
+    return flax, is_all
+
+
+def _of_preferred(dtype, preferred):
+    """Our ``dtype`` and ``products`` for what Flax's layer says of all its products.
+
+    Y is in the preferred dtype, and the operands of all three products are not.
+    """
+    if dtype is None or preferred is None or preferred == dtype:
+        return dtype, None
+    product = Product(dtype=dtype)
+    return preferred, Products(product, product, product)
+
+
+# The model.
+
+
+def _carried_out(model, optimizer, plan, made, exchange, lost=None):
+    converted = {path: axes for path, (_, axes) in plan.layers.items()}
+    if optimizer is not None:
+        check_is_a("optimizer", optimizer, nnx.Optimizer)
+        state, _ = exchange(optimizer.opt_state, converted)
+        optimizer.opt_state = nnx.data(state)
+    _exchange(model, made, set())
+    return Report(converted, plan.left_alone, lost or {})
+
+
+def _exchange(node, made, seen):
+    """``node``, changed in place, or what is made to stand in its place."""
+    if id(node) in made:
+        return made[id(node)]
+    if id(node) in seen:
+        return node
+    seen.add(id(node))
+    children = dict(_children(node))
+    new = {name: _exchange(child, made, seen) for name, child in children.items()}
+    changed = {name: new[name] for name in new if new[name] is not children[name]}
+    if isinstance(node, tuple) and changed:
+        return (
+            type(node)(*new.values()) if hasattr(node, "_fields") else (*new.values(),)
+        )
+    for name, child in changed.items():
+        if isinstance(node, (list, dict)):
+            node[name] = child
+        else:
+            setattr(node, name, nnx.data(child))
+    return node
+
+
+def _children(node):
+    if isinstance(node, (list, tuple)):
+        return enumerate(node)
+    if isinstance(node, dict):
+        return node.items()
+    if not isinstance(node, nnx.Pytree):
+        return ()
+    names = [name for name in vars(node) if not name.startswith("_pytree__")]
+    return [(name, vars(node)[name]) for name in names]
+
+
+def _dotted(path):
+    return ".".join(map(str, path))
