@@ -1,56 +1,338 @@
-"""PyTorch's state dicts, in files and in memory: names and tensors, read when needed.
+"""PyTorch's state dicts, in memory and in files: tensors by name, read when needed.
 
-What is in a file decides nothing before it has been checked: a safetensors file by the
+Nothing that a file says is believed before it was checked: a safetensors file by the
 safetensors package, an index here, and a file of PyTorch's by PyTorch, which unpickles
-tensors alone.
+nothing but tensors.
 """
 
-import contextlib
 import json
-import math
-import mmap
 import os
 import secrets
+import sys
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import ml_dtypes
 import numpy as np
 
+INDEX = ".safetensors.index.json"
+PICKLED = (".pt", ".pth", ".bin")
+_ENDINGS = f".safetensors, {INDEX}, .pt, .pth or .bin"
+_SHARD_BYTES = 5 * 10**9  # As the Hugging Face Hub has them.
+
 
 class Tensor(NamedTuple):
-    """A tensor that has not been read yet.
+    """A tensor that was not read yet.
 
-    ``read()`` is an array that shares memory with the file or with PyTorch: a slice of
-    it reads no more than itself.
+    ``read()`` is an array in the memory of the file or of PyTorch: a slice of it reads
+    no more than itself. A dtype that NumPy cannot have is a string.
     """
 
     shape: tuple[int, ...]
-    dtype: np.dtype
+    dtype: np.dtype | str
     read: Callable[[], np.ndarray]
 
 
 def tensors_of(source) -> dict[str, Tensor]:
-    """The tensors of a state dict, or of a file, by name."""
+    """The tensors of a state dict, or of the file at a path, by name."""
     if isinstance(source, Mapping):
         return {name: _in_memory(name, value) for name, value in source.items()}
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(
-            "`source` must be a path or a state dict, got"
-            f" {type(source).__name__}: pass its `state_dict()` if it is a module"
+            f"`source` must be a path or a state dict, got {type(source).__name__}"
         )
     path = Path(source)
-    if path.name.endswith(INDEX):
-        return _sharded(path)
-    if path.suffix == ".safetensors":
-        return _safetensors(path)
+    check_ending("source", path)
     if path.suffix in PICKLED:
-        return _pickled(path)
-    raise ValueError(f"`source` must end in {_ENDINGS}, got {str(source)!r}")
+        return _of_pytorch_file(path)
+    return _of_index(path) if path.name.endswith(INDEX) else _of_safetensors(path)
 
 
-INDEX = ".safetensors.index.json"
-PICKLED = (".pt", ".pth", ".bin")
-_ENDINGS = ".safetensors, .safetensors.index.json, .pt, .pth or .bin"
+def check_ending(name, path):
+    if not path.name.endswith((".safetensors", INDEX, *PICKLED)):
+        raise ValueError(f"`{name}` must end in {_ENDINGS}, got {path.name!r}")
+
+
+# In memory.
+
+
+def _in_memory(name, value):
+    torch = sys.modules.get("torch")  # Without it nothing is a tensor of PyTorch.
+    if torch and isinstance(value, torch.Tensor):
+        if value.layout is not torch.strided or value.is_meta or value.is_quantized:
+            raise TypeError(
+                f"`source` must have dense tensors with values, got {name!r} with"
+                f" {value.layout}, {value.device}, {value.dtype}"
+            )
+        dtype = _numpy_dtype(str(value.dtype).removeprefix("torch."))
+        return Tensor(tuple(value.shape), dtype, lambda: _from_torch(value, dtype))
+    if isinstance(value, (np.ndarray, jax.Array)):
+        return Tensor(value.shape, value.dtype, lambda: np.asarray(value))
+    inner = " (is the state dict inside of it?)" if isinstance(value, Mapping) else ""
+    raise TypeError(
+        f"`source` must be a state dict of tensors, got {type(value).__name__} at"
+        f" {name!r}{inner}"
+    )
+
+
+def _numpy_dtype(name):
+    try:
+        return np.dtype(name)  # ml_dtypes has given NumPy those of low precision.
+    except TypeError:
+        return name
+
+
+def _from_torch(tensor, dtype):
+    import torch
+
+    tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
+    if dtype.type.__module__ != ml_dtypes.__name__:
+        return tensor.numpy()
+    bits = {1: torch.uint8, 2: torch.int16}[dtype.itemsize]
+    return tensor.view(bits).numpy().view(dtype)
+
+
+def _to_torch(array):
+    import torch
+
+    if array.dtype.type.__module__ != ml_dtypes.__name__:
+        return torch.from_numpy(array)
+    bits = array.view({1: np.uint8, 2: np.int16}[array.dtype.itemsize])
+    return torch.from_numpy(bits).view(getattr(torch, array.dtype.name))
+
+
+# Files that are read.
+
+_NAMES_IN_SAFETENSORS = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "U16": "uint16",
+    "I16": "int16",
+    "U32": "uint32",
+    "I32": "int32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+    "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+}
+
+
+def _safetensors():
+    try:
+        import safetensors
+    except ModuleNotFoundError as error:
+        message = "this needs safetensors: pip install 'jaxlinear[safetensors]'"
+        raise ModuleNotFoundError(message, name=error.name) from error
+    return safetensors
+
+
+def _of_safetensors(path):
+    safetensors = _safetensors()
+    try:
+        # This checks the header, and that the tensors cover the file without a gap.
+        with safetensors.safe_open(path, framework="numpy"):
+            pass
+    except safetensors.SafetensorError as error:
+        message = f"`source` must be a whole safetensors file, got {str(path)!r}"
+        raise ValueError(f"{message}: {error}") from error
+    # NumPy has no float8 for the reader of the package, but for ours.
+    file = np.memmap(path, np.uint8, "r")
+    start = 8 + int(file[:8].view("<u8")[0])
+    header = _json(path, bytes(file[8:start]))
+    header.pop("__metadata__", None)
+
+    def tensor(entry):
+        first, last = (start + offset for offset in entry["data_offsets"])
+        shape = tuple(entry["shape"])
+        dtype = _numpy_dtype(_NAMES_IN_SAFETENSORS.get(entry["dtype"], entry["dtype"]))
+        return Tensor(shape, dtype, lambda: file[first:last].view(dtype).reshape(shape))
+
+    return {name: tensor(entry) for name, entry in header.items()}
+
+
+def _of_index(path):
+    """The tensors of the files beside an index, which says where each one is."""
+    index = _json(path, path.read_bytes())
+    where = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(where, dict):
+        raise _not_an_index(path, "it has no weight_map")
+    files = {}
+    for file in where.values():
+        # Nothing outside of the folder.
+        if not isinstance(file, str) or Path(file).name != file:
+            raise _not_an_index(path, f"{file!r} is no name of a file beside it")
+        if file not in files:
+            files[file] = _of_safetensors(path.parent / file)
+    for name, file in where.items():
+        if name not in files[file]:
+            raise _not_an_index(path, f"{file} has no tensor {name!r}")
+    return {name: files[file][name] for name, file in where.items()}
+
+
+def _not_an_index(path, why):
+    return ValueError(f"`source` must be an index of safetensors files, {path}: {why}")
+
+
+def _json(path, text):
+    try:
+        return json.loads(text, object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        message = f"`source` must hold JSON that can be read, {path}: {error}"
+        raise ValueError(message) from error
+
+
+def _without_duplicates(pairs):
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands there twice")
+    return found
+
+
+def _of_pytorch_file(path):
+    torch = _torch()
+    path.open("rb").close()  # From here on an error is one of what is in the file.
+    try:
+        # Files of PyTorch before 1.6 are no archives, and are read at once.
+        is_archive = zipfile.is_zipfile(path)
+        if is_archive:
+            _check_archive(path)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+    except Exception as error:  # PyTorch raises whatever the bytes lead it to.
+        message = (
+            f"`source` must be a state dict that PyTorch can load, {path}: {error}"
+        )
+        raise ValueError(message) from error
+    if not isinstance(state, Mapping):
+        kind = type(state).__name__
+        raise ValueError(f"`source` must hold a state dict, got {kind} in {path}")
+    return tensors_of(state)
+
+
+def _check_archive(path):
+    """Refuse bytes that are not those that were written, which PyTorch reads as well."""
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{entry.filename} is compressed")
+            if entry.CRC:  # PyTorch can be told to write none.
+                with archive.open(entry) as file:
+                    while file.read(1 << 20):
+                        pass
+
+
+def _torch():
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        message = "files of PyTorch's need PyTorch: pip install torch"
+        raise ModuleNotFoundError(message, name=error.name) from error
+    return torch
+
+
+# Files that are written. Each is whole or not there: it is written beside the one that
+# it replaces, and takes its name when it is on the disk.
+
+
+def write(path, arrays: Mapping[str, Any]):
+    """Write arrays by name; an array on devices is fetched when it is written."""
+    check_ending("path", path)
+    path = Path(os.path.realpath(path))  # A link stays one.
+    if path.suffix in PICKLED:
+        torch, hosts = _torch(), _fetched(arrays)
+        state = {name: _to_torch(array.copy()) for name, array in hosts.items()}
+        _replace(path, lambda file: torch.save(state, file))
+    elif path.name.endswith(INDEX):
+        _write_shards(path, arrays)
+    else:
+        _replace(path, lambda file: _write_safetensors(file, arrays))
+
+
+def _fetched(arrays):
+    """On the host. A tied parameter is there once."""
+    hosts = {id(array): np.asarray(array, order="C") for array in arrays.values()}
+    return {name: hosts[id(array)] for name, array in arrays.items()}
+
+
+def _write_safetensors(file, arrays):
+    _safetensors()
+    from safetensors.numpy import save_file
+
+    # Other readers ask for the format.
+    save_file(_fetched(arrays), file, metadata={"format": "pt"})
+
+
+def _write_shards(index, arrays):
+    """Files of at most 5 GB, and the index, which is what makes them count."""
+    shards, size = [{}], 0
+    for name, array in arrays.items():
+        if shards[-1] and size + array.nbytes > _SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = array
+        size += array.nbytes
+    # The names are new, so that those of the old index stay whole until it is replaced.
+    stem, token = index.name.removesuffix(INDEX), secrets.token_hex(4)
+    names = [
+        f"{stem}-{token}-{number:05}-of-{len(shards):05}.safetensors"
+        for number in range(1, len(shards) + 1)
+    ]
+    where = {
+        name: file for file, shard in zip(names, shards, strict=True) for name in shard
+    }
+    total = sum(array.nbytes for array in arrays.values())
+    text = json.dumps(
+        {"metadata": {"total_size": total}, "weight_map": where}, indent=2
+    )
+    old = _files_of(index)
+    try:
+        for name, shard in zip(names, shards, strict=True):
+            _replace(
+                index.parent / name,
+                lambda file, shard=shard: _write_safetensors(file, shard),
+            )
+        _replace(index, lambda file: file.write_text(text))
+    except BaseException:
+        for name in names:
+            (index.parent / name).unlink(missing_ok=True)
+        raise
+    for name in old:
+        (index.parent / name).unlink(missing_ok=True)
+
+
+def _files_of(index):
+    """The files that an index names, if it is one."""
+    try:
+        _of_index(index)
+    except (ValueError, OSError):
+        return set()
+    return set(json.loads(index.read_bytes())["weight_map"].values())
+
+
+def _replace(path, write):
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # Where a folder can be opened, its new entry is kept, too.
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
