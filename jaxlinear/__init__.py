@@ -19,7 +19,7 @@ __version__ = _version("jaxlinear")
 
 
 def __getattr__(name):
-    """The modules around the layer, which need Flax: ``nnx`` and ``linen``."""
-    if name in ("nnx", "linen"):
+    """What needs more than JAX, imported when it is used."""
+    if name in ("nnx", "linen", "torch"):
         return _import_module(f"jaxlinear.{name}")
     raise AttributeError(f"module 'jaxlinear' has no attribute {name!r}")

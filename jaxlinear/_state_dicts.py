@@ -5,6 +5,7 @@ safetensors package, an index here, and a file of PyTorch's by PyTorch, which un
 nothing but tensors.
 """
 
+import io
 import json
 import os
 import secrets
@@ -203,12 +204,14 @@ def _without_duplicates(pairs):
 def _of_pytorch_file(path):
     torch = _torch()
     path.open("rb").close()  # From here on an error is one of what is in the file.
+    options = {"map_location": "cpu", "weights_only": True}
     try:
-        # Files of PyTorch before 1.6 are no archives, and are read at once.
-        is_archive = zipfile.is_zipfile(path)
-        if is_archive:
+        if zipfile.is_zipfile(path):
             _check_archive(path)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+            state = torch.load(path, mmap=True, **options)
+        else:
+            # From before PyTorch 1.6. No length in it makes bytes in memory read more.
+            state = torch.load(io.BytesIO(path.read_bytes()), **options)
     except Exception as error:  # PyTorch raises whatever the bytes lead it to.
         message = (
             f"`source` must be a state dict that PyTorch can load, {path}: {error}"
@@ -221,7 +224,7 @@ def _of_pytorch_file(path):
 
 
 def _check_archive(path):
-    """Refuse bytes that are not those that were written, which PyTorch reads as well."""
+    """Refuse bytes that are not those that were written: PyTorch takes them."""
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
             if entry.compress_type != zipfile.ZIP_STORED:
@@ -266,11 +269,15 @@ def _fetched(arrays):
 
 
 def _write_safetensors(file, arrays):
-    _safetensors()
+    safetensors = _safetensors()
     from safetensors.numpy import save_file
 
-    # Other readers ask for the format.
-    save_file(_fetched(arrays), file, metadata={"format": "pt"})
+    try:
+        # Other readers ask for the format.
+        save_file(_fetched(arrays), file, metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:
+        message = f"`source` must have dtypes that the file can have: {error}"
+        raise ValueError(message) from error
 
 
 def _write_shards(index, arrays):

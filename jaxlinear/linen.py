@@ -141,13 +141,15 @@ class Linear(nn.Module):
         """
         x = checked_array("x", x)
         check_input(x)
-        out_shape = as_tuple(self.features)
-        axes = checked_axes(x, as_tuple(self.axis))
-        in_shape = tuple(x.shape[axis] for axis in axes)
+        axis, out_shape = as_tuple(self.axis), as_tuple(self.features)
+        sizes = None
         weight = nn.unbox(self.get_variable("params", "weight"))
-        if weight is not None and self.axis == -1:
+        if weight is not None:
             # Flax would refuse another number of features without naming `x`.
-            check_shapes(x, weight, bias=None)
+            if self.axis == -1 and weight.ndim == 2:
+                check_shapes(x, weight, bias=None)
+            sizes = weight.shape[-len(axis) :]
+        in_shape = tuple(x.shape[one] for one in checked_axes(x, axis, sizes))
         made = (
             in_shape,
             out_shape,

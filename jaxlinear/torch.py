@@ -391,7 +391,7 @@ def _filled(parameter, tensors):
             for axis, n in zip(where, shape[:stacked], strict=False)
         ]
         pieces = [arrays[i][where[stacked:]] for i in itertools.product(*chosen)]
-        return np.stack(pieces).reshape(*map(len, chosen), *pieces[0].shape)
+        return np.stack(pieces).reshape((*map(len, chosen), *pieces[0].shape))
 
     everything = tuple(slice(n) for n in shape)
     if isinstance(value, np.ndarray):

@@ -22,8 +22,8 @@ from jaxlinear import (
     _formulas,
     _linear,
     _linear_map,
+    _parameters,
     _product,
-    nnx,
 )
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -226,4 +226,7 @@ def _():
 
 @mutant("a kernel that is kept without being transposed", FAN)
 def _():
-    replace(nnx, "_weight", lambda right: lambda kernel, s: kernel.reshape(s[::-1]))
+    def reshaped(right):
+        return lambda kernel, axes: kernel.reshape(kernel.shape[::-1])
+
+    replace(_parameters, "weight_of", reshaped)

@@ -137,6 +137,10 @@ def revert(model: nnx.Module, optimizer: nnx.Optimizer | None = None) -> Report:
 # What is exchanged, and what is not.
 
 
+# What looks for a parameter of the layer inside of it.
+_WRAPPERS = nnx.LoRA, nnx.WeightNorm, nnx.SpectralNorm
+
+
 class _Plan(NamedTuple):
     layers: dict[str, tuple[Any, Axes]]
     left_alone: dict[str, str]
@@ -155,7 +159,7 @@ def _plan(model, kinds, parameter, why_not):
     wrapped_by = {
         id(inner): type(node).__name__
         for node in nodes.values()
-        if isinstance(node, (nnx.LoRA, nnx.WeightNorm, nnx.SpectralNorm))
+        if isinstance(node, _WRAPPERS)
         for _, inner in nnx.iter_graph(node)
     }
     left_alone = {}

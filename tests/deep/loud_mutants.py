@@ -24,14 +24,18 @@ from jaxlinear import (
     _arguments,
     _cpu,
     _formulas,
+    _kernels,
     _levels,
     _linear,
     _parameters,
     _plain,
     _quantized,
     _sharding,
+    _state_dicts,
+    torch,
 )
 from jaxlinear.inspect import _accuracy, _hlo
+from jaxlinear.nnx import _convert
 
 MUTANTS = {}
 mutant = functools.partial(mutants.mutant, mutants=MUTANTS)
@@ -468,15 +472,12 @@ def _():
 @mutant("a kernel drawn with the shape of the weight", FAN)
 def _():
     def drawn(right):
-        return lambda init, finish, key, shape, *rest: right(
-            lambda key, shape, dtype: init(key, shape[::-1], dtype).T,
-            finish,
-            key,
-            shape,
-            *rest,
-        )
+        def transposed(key, init, *rest):
+            return right(key, lambda k, shape, d: init(k, shape[::-1], d).T, *rest)
 
-    replace(_parameters, "created", drawn)
+        return transposed
+
+    replace(_parameters, "_weight", drawn)
 
 
 @mutant(
@@ -484,7 +485,7 @@ def _():
     "test_swap.py::test_each_way_to_name_axes_names_those_of_the_kernel",
 )
 def _():
-    replace(_parameters, "swapped_names", lambda right: lambda spec: spec)
+    replace(_kernels, "_moved_names", lambda right: lambda spec, *order: spec)
 
 
 INSIDE = "test_parameters.py::test_every_value_is_inside_the_bound_in_every_dtype"
@@ -652,3 +653,63 @@ def _():
         return lambda a, *rest: right(jnp.nan_to_num(a), *rest)
 
     replace(_quantized, "_quantized", finite)
+
+
+# Models and checkpoints of others.
+
+CONVERTED = "test_convert.py::test_a_converted_model_trains_as_the_model_of_flax"
+STACKED = "test_convert.py::test_stacked_layers_are_converted_as_a_stack"
+LOADED = "test_torch.py::test_what_does_not_fit_is_listed_and_nothing_is_changed"
+
+
+@mutant("a kernel whose input and output axes are read the other way round", CONVERTED)
+def _():
+    replace(_kernels, "weight_of", lambda right: lambda k, axes: right(k, axes[::-1]))
+
+
+@mutant("a stack that is moved with the axes of its layers", STACKED)
+def _():
+    replace(_kernels, "_order", lambda right: lambda ndim, *n: tuple(range(ndim))[::-1])
+
+
+@mutant(
+    "a layer that is found by the end of its path alone",
+    "test_convert.py::test_a_tree_is_converted_where_the_layer_is_and_nowhere_else",
+)
+def _():
+    def anywhere(right):
+        return lambda paths, layer_of: {
+            path: layer
+            for path in paths
+            for names, layer in layer_of.items()
+            if _kernels._names(path)[-len(names) :] == names
+        }
+
+    replace(_kernels, "_layers_at", anywhere)
+
+
+@mutant(
+    "a layer inside of WeightNorm that is converted",
+    "test_convert.py::test_what_has_its_own_way_to_a_product_is_left_alone_and_reported",
+)
+def _():
+    replace(_convert, "_WRAPPERS", lambda right: ())
+
+
+@mutant("a tensor of another dtype that is taken", LOADED)
+def _():
+    def cast(right):
+        return lambda source: {
+            name: tensor._replace(dtype=jnp.dtype("float32"))
+            for name, tensor in right(source).items()
+        }
+
+    replace(torch, "tensors_of", cast)
+
+
+@mutant(
+    "a file that is written in its place",
+    "test_torch.py::test_a_save_that_fails_leaves_the_old_file_and_nothing_else",
+)
+def _():
+    replace(_state_dicts, "_replace", lambda right: lambda path, write: write(path))

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from oracle import (
     assert_rounded_once,
     exact,
@@ -18,7 +17,6 @@ from oracle import (
 
 from jaxlinear import linear
 from jaxlinear._parameters import uniform
-from jaxlinear.nnx import Linear
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "pytorch_linear.npz"
 DTYPES = ["float16", "bfloat16", "float32", "float64", "complex64", "complex128"]
@@ -95,18 +93,6 @@ def test_output_and_gradients_are_those_of_pytorch_live(dtype, leading):
             assert np.all(
                 np.abs(wide(mine) - other) <= (terms + 3) * roundoff * magnitude
             )
-
-
-def test_a_pytorch_state_dict_loads_as_it_is():
-    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-    theirs = torch.nn.Linear(5, 3)
-    ours = Linear(5, 3, rngs=nnx.Rngs(0))
-    nnx.update(
-        ours, {name: jnp.asarray(p.numpy()) for name, p in theirs.state_dict().items()}
-    )
-    x = np.linspace(-1, 1, 10, dtype=np.float32).reshape(2, 5)
-    expected = theirs(torch.from_numpy(x)).detach().numpy()
-    np.testing.assert_allclose(ours(x), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_initial_bound_is_that_of_pytorch():
