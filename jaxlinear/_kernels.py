@@ -23,6 +23,9 @@ from jaxlinear._arguments import (
 Tree = TypeVar("Tree")
 
 
+ARRAYS = jax.Array, np.ndarray, jax.ShapeDtypeStruct
+
+
 class Axes(NamedTuple):
     """How many axes of a layer's kernel are those of the input, and of the output."""
 
@@ -178,9 +181,7 @@ def _moved(holder, first, second):
         names = _moved_names(holder.names, first, second, value.ndim)
         return holder.replace(value=value, names=names)
     # An optimizer has other things, too, in the place of an array that it does not use.
-    if not isinstance(holder, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
-        return holder
-    if holder.ndim < first + second:
+    if not isinstance(holder, ARRAYS) or holder.ndim < first + second:
         return holder
     order = _order(holder.ndim, first, second)
     if isinstance(holder, jax.ShapeDtypeStruct):

@@ -79,7 +79,7 @@ def _in_memory(name, value):
     )
 
 
-def _numpy_dtype(name):
+def _numpy_dtype(name: str) -> Any:
     try:
         return np.dtype(name)  # ml_dtypes has given NumPy those of low precision.
     except TypeError:

@@ -1,5 +1,6 @@
 """A Flax model with our layers in the place of its own, and the way back."""
 
+import functools
 import inspect
 import re
 from collections import Counter
@@ -11,7 +12,14 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jax import lax
 
 from jaxlinear._arguments import as_tuple, check_is_a, checked_products
-from jaxlinear._kernels import Axes, kernel_of, weight_of, with_kernels, with_weights
+from jaxlinear._kernels import (
+    ARRAYS,
+    Axes,
+    kernel_of,
+    weight_of,
+    with_kernels,
+    with_weights,
+)
 from jaxlinear._product import Product, Products
 from jaxlinear.nnx._linear import Linear
 
@@ -168,21 +176,26 @@ def _plan(model, kinds, parameter, why_not):
         why = f"it is inside of {wrapper}" if wrapper else why_not(layer)
         if why:
             left_alone[path] = why
-    layers = {path: found[path] for path in found if path not in left_alone}
-
-    exchanged = set(map(id, layers.values()))
+    exchanged = {id(layer) for path, layer in found.items() if path not in left_alone}
     read_at = {
         id(child): _dotted((*path, name))
         for path, node in nodes.items()
         if id(node) not in exchanged
         for name, child in _children(node)
     }
-    for path, layer in layers.items():
-        reader = read_at.get(id(getattr(layer, parameter)))
-        if reader is not None:
-            left_alone[path] = f"its {parameter} is {reader}, too"
-    left = {p: (node, _axes(node)) for p, node in layers.items() if p not in left_alone}
-    return _Plan(left, dict(sorted(left_alone.items())))
+    layers = {}
+    for path, layer in found.items():
+        if path in left_alone:
+            continue
+        variable = getattr(layer, parameter)
+        if id(variable) in read_at:
+            left_alone[path] = f"its {parameter} is {read_at[id(variable)]}, too"
+        elif not isinstance(variable.get_value(), ARRAYS):
+            left_alone[path] = f"its {parameter} is no array"
+        else:
+            sizes = as_tuple(layer.in_features), as_tuple(layer.out_features)
+            layers[path] = layer, Axes(*map(len, sizes))
+    return _Plan(layers, dict(sorted(left_alone.items())))
 
 
 def _why_not_ours(layer):
@@ -204,12 +217,14 @@ def _why_not_ours(layer):
     own -= {"kernel", "bias", "_pytree__state", "_pytree__nodes"}
     if own:
         return f"it has an attribute of its own: {', '.join(sorted(own))}"
-    preferred, dtype = layer.preferred_element_type, layer.dtype
-    if preferred is None or preferred == (dtype or layer.param_dtype):
+    if layer.preferred_element_type is None:
         return None
-    if dtype is None:
+    preferred = jnp.dtype(layer.preferred_element_type)
+    if preferred == jnp.dtype(layer.dtype or layer.param_dtype):
+        return None
+    if layer.dtype is None:
         return "it has a preferred_element_type and no dtype"
-    if jnp.finfo(preferred).bits <= jnp.finfo(dtype).bits:
+    if preferred.itemsize <= jnp.dtype(layer.dtype).itemsize:
         return "its preferred_element_type is no wider than its dtype"
     return None
 
@@ -230,11 +245,6 @@ def _moved_variables(plan, parameter, move):
         if id(old) not in variables:
             variables[id(old)] = move(old, axes)
     return variables
-
-
-def _axes(layer):
-    sizes = as_tuple(layer.in_features), as_tuple(layer.out_features)
-    return Axes(*map(len, sizes))
 
 
 def _ours(layer, weights):
@@ -269,7 +279,7 @@ def _flax(layer, kernels):
         dtype, preferred = layer.dtype, None
     is_general = isinstance(layer.in_features, tuple) or layer.axis != -1
     axis = {"axis": layer.axis} if is_general else {}
-    kind = nnx.LinearGeneral if is_general else nnx.Linear
+    kind: Any = nnx.LinearGeneral if is_general else nnx.Linear
     flax = nnx.eval_shape(
         lambda: kind(
             layer.in_features,
@@ -292,7 +302,7 @@ def _of_preferred(dtype, preferred):
 
     Y is in the preferred dtype, and the operands of all three products are not.
     """
-    if dtype is None or preferred is None or preferred == dtype:
+    if dtype is None or preferred is None or jnp.dtype(preferred) == jnp.dtype(dtype):
         return dtype, None
     product = Product(dtype=dtype)
     return preferred, Products(product, product, product)
@@ -322,14 +332,13 @@ def _exchange(node, made, seen):
     new = {name: _exchange(child, made, seen) for name, child in children.items()}
     changed = {name: new[name] for name in new if new[name] is not children[name]}
     if isinstance(node, tuple) and changed:
-        return (
-            type(node)(*new.values()) if hasattr(node, "_fields") else (*new.values(),)
-        )
+        # A named tuple takes them one by one.
+        items = (*new.values(),)
+        return items if type(node) is tuple else type(node)(*items)
+    is_plain = isinstance(node, (list, dict))
+    put: Any = node.__setitem__ if is_plain else functools.partial(setattr, node)
     for name, child in changed.items():
-        if isinstance(node, (list, dict)):
-            node[name] = child
-        else:
-            setattr(node, name, nnx.data(child))
+        put(name, child if is_plain else nnx.data(child))
     return node
 
 
