@@ -516,7 +516,7 @@ def check_is_a(name, value, kind):
         raise TypeError(f"`{name}` must be {required}, got {type(value).__name__}")
 
 
-def checked_layers(layers, axes_type):
+def checked_layers(layers: Any, axes_type: Any) -> Any:
     """Layers as a dict from paths to axes."""
     if isinstance(layers, str):
         raise TypeError(

@@ -204,7 +204,8 @@ def _order(ndim, first, second):
 
 def weight_metadata(kernel_metadata, axes):
     """The metadata of a weight's variable, of that of a kernel's."""
-    return _moved_metadata(kernel_metadata, *axes, sum(axes))
+    inputs, outputs = axes
+    return _moved_metadata(kernel_metadata, inputs, outputs, inputs + outputs)
 
 
 def _moved_metadata(metadata, first, second, ndim):

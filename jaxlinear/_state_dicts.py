@@ -157,7 +157,8 @@ def _of_safetensors(path):
     def tensor(entry):
         first, last = (start + offset for offset in entry["data_offsets"])
         shape = tuple(entry["shape"])
-        dtype = _numpy_dtype(_NAMES_IN_SAFETENSORS.get(entry["dtype"], entry["dtype"]))
+        name: str = entry["dtype"]
+        dtype = _numpy_dtype(_NAMES_IN_SAFETENSORS.get(name, name))
         return Tensor(shape, dtype, lambda: file[first:last].view(dtype).reshape(shape))
 
     return {name: tensor(entry) for name, entry in header.items()}
@@ -186,7 +187,7 @@ def _not_an_index(path, why):
     return ValueError(f"`source` must be an index of safetensors files, {path}: {why}")
 
 
-def _json(path, text):
+def _json(path, text) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:

@@ -257,22 +257,22 @@ def _merged(shape, counts):
 
 
 def _of_tree(tree, argument):
-    leaves = jax.tree.leaves_with_path(tree)
     arrays = jax.Array, np.ndarray, jax.ShapeDtypeStruct
-    if not all(isinstance(leaf, arrays) for _, leaf in leaves):
+    has_collections = isinstance(tree, Mapping) and "params" in tree
+    found = []
+    for place, (path, leaf) in enumerate(jax.tree.leaves_with_path(tree)):
+        if isinstance(leaf, arrays):
+            # Neither a collection is a part of the name, nor a box around the array.
+            path = path[1:] if has_collections else path
+            if path and path[-1] == jax.tree_util.GetAttrKey("value"):
+                path = path[:-1]
+            found.append(_Parameter((_dotted(path),), leaf, place, tuple(leaf.shape)))
+    if not found and jax.tree.leaves(tree):
         raise TypeError(
             f"`{argument}` must be an NNX module or a tree of arrays, got"
             f" {type(tree).__name__}"
         )
-    # A box of Flax's around an array is no part of its name, nor is a collection.
-    keys = jax.tree_util.DictKey, jax.tree_util.SequenceKey
-    paths = [[key for key in path if isinstance(key, keys)] for path, _ in leaves]
-    if isinstance(tree, Mapping) and "params" in tree:
-        paths = [path[1:] for path in paths]
-    return [
-        _Parameter((_dotted(path),), leaf, place, tuple(leaf.shape))
-        for place, (path, (_, leaf)) in enumerate(zip(paths, leaves, strict=True))
-    ]
+    return found
 
 
 def _dotted(path):

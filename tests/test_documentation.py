@@ -1,4 +1,4 @@
-"""Every Python block of the README and every example of a docstring runs."""
+"""Every Python block of the documentation and every example of a docstring runs."""
 
 import doctest
 import importlib
@@ -15,10 +15,21 @@ import pytest
 import jaxlinear
 from benchmarks import readme
 
-README = pathlib.Path(__file__).parent.parent / "README.md"
-BLOCKS = re.findall(
-    r"^```python\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE
-)
+ROOT = pathlib.Path(__file__).parent.parent
+README = ROOT / "README.md"
+
+
+def blocks(text):
+    return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+BLOCKS = blocks(README.read_text())
+SECTIONS = {
+    f"{page.stem}: {section.splitlines()[0]}": blocks(section)
+    for page in sorted((ROOT / "docs").glob("*.md"))
+    for section in re.split(r"^## ", page.read_text(), flags=re.MULTILINE)
+    if blocks(section)
+}
 MODULES = [m.name for m in pkgutil.walk_packages(jaxlinear.__path__, "jaxlinear.")]
 
 
@@ -32,6 +43,16 @@ def _ordinary_settings():
 @pytest.mark.parametrize("block", BLOCKS, ids=[b.splitlines()[0] for b in BLOCKS])
 def test_python_block_of_the_readme_runs(block):
     exec(compile(block, str(README), "exec"), {})
+
+
+@pytest.mark.parametrize("section", SECTIONS.values(), ids=SECTIONS)
+def test_section_of_the_documentation_runs(section):
+    """Its blocks in order. What is not installed here ends it; the deep tier has it."""
+    names = {}
+    for block in section:
+        for module in re.findall(r"^(?:import|from) (\w+)", block, re.MULTILINE):
+            pytest.importorskip(module)
+        exec(compile(block, "docs", "exec"), names)
 
 
 def test_figures_in_the_readme_are_those_of_our_results(monkeypatch):
@@ -48,9 +69,11 @@ def test_docstring_examples_are_right(name):
 
 def test_public_functions_and_classes_have_examples():
     # `doctest.testmod` passes where there is nothing to run.
-    from jaxlinear import linen, nnx
+    from jaxlinear import linen, nnx, torch
 
     functions = jaxlinear.linear, jaxlinear.plain_autodiff, jaxlinear.explain
+    functions += nnx.convert, nnx.revert, nnx.convert_tree, nnx.revert_tree
+    functions += torch.load, torch.save
     classes = jaxlinear.Products, nnx.Linear, linen.Linear
     for public in functions + classes:
         assert doctest.DocTestParser().get_examples(public.__doc__)
