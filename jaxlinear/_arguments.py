@@ -510,10 +510,29 @@ def _is_empty(value):
 # Models and trees of parameters.
 
 
-def check_is_a(name, value, kind):
-    if not isinstance(value, kind):
-        required = f"a flax.nnx.{kind.__name__}"
-        raise TypeError(f"`{name}` must be {required}, got {type(value).__name__}")
+def check_model(model, layers):
+    """Refuse what is no NNX module, and a layer that nothing holds."""
+    from flax import nnx
+
+    if not isinstance(model, nnx.Module):
+        got = type(model).__name__
+        raise TypeError(f"`model` must be a flax.nnx.Module, got {got}")
+    if isinstance(model, layers):
+        raise TypeError(
+            "`model` must be what holds the layers, got one that nothing holds, a"
+            f" {type(model).__name__}: put it into an nnx.Sequential"
+        )
+
+
+def check_optimizer(optimizer):
+    from flax import nnx
+
+    if not isinstance(optimizer, nnx.Optimizer):
+        raise TypeError(
+            "`optimizer` must be a flax.nnx.Optimizer, got"
+            f" {type(optimizer).__name__}: convert a plain state of Optax's by"
+            " `convert_tree(state, report.converted)`"
+        )
 
 
 def checked_layers(layers: Any, axes_type: Any) -> Any:

@@ -61,6 +61,8 @@ def check_ending(name, path):
 
 
 def _in_memory(name, value):
+    if not isinstance(name, str):
+        raise TypeError(f"`source` must have names for its tensors, got {name!r}")
     torch = sys.modules.get("torch")  # Without it nothing is a tensor of PyTorch.
     if torch and isinstance(value, torch.Tensor):
         if value.layout is not torch.strided or value.is_meta or value.is_quantized:

@@ -90,7 +90,7 @@ def load(
         ``.pth`` and ``.bin``, which PyTorch reads with ``weights_only=True``.
       strict: whether to refuse a source that does not fit in all of its tensors.
       rename: the name in the source of a parameter here, as a function, or as a mapping
-        from the path of a parameter or module to another:
+        from the path of a parameter or module to another, ``""`` for none:
         ``{"norm.scale": "norm.weight", "blocks": "transformer.h.{}"}``.
       prefix: what stands before these names. Other tensors of the source are not
         looked at.
@@ -287,7 +287,7 @@ def _renamed(rename, name):
         for count in range(len(parts), 0, -1):  # The longest path first.
             start = ".".join(parts[:count])
             if start in rename:
-                return ".".join([rename[start], *parts[count:]])
+                return ".".join(filter(None, [rename[start], *parts[count:]]))
         return name
     renamed = rename(name)
     if not isinstance(renamed, str):
@@ -339,6 +339,10 @@ def _matched(parameters, tensors, rename, prefix):
                 wrong_shape[name] = f"expected {expected}, got {tensor.shape}"
             if tensor.dtype != dtype:
                 wrong_dtype[name] = f"expected {dtype}, got {tensor.dtype}"
+            elif not isinstance(parameter.value, np.ndarray) and (
+                jax.dtypes.canonicalize_dtype(dtype) != dtype
+            ):
+                wrong_dtype[name] = f"{dtype}, which needs jax_enable_x64"
         if first.keys() & (wrong_shape.keys() | wrong_dtype.keys()):
             continue
         different = {

@@ -176,6 +176,7 @@ def test_what_has_its_own_way_to_a_product_is_left_alone_and_reported():
         einsum=nnx.Einsum("ab,bc->ac", (4, 4), rngs=nnx.Rngs(0)),
         marked=marked,
         narrow=flax(dtype=jnp.float32, preferred_element_type=jnp.bfloat16),
+        whole=flax(param_dtype=jnp.int8, kernel_init=nnx.initializers.zeros),
         undecided=flax(preferred_element_type=jnp.bfloat16),
         tied=tied,
         reader=[tied.kernel],
@@ -196,13 +197,14 @@ def test_what_has_its_own_way_to_a_product_is_left_alone_and_reported():
         "spectral.layer_instance": "it is inside of SpectralNorm",
         "subclass": "Own is a subclass",
         "tied": "its kernel is reader.0, too",
+        "whole": "its param_dtype is no floating dtype",
         "undecided": "it has a preferred_element_type and no dtype",
     }
     assert list(report.converted) == ["converted"]
     assert str(report).splitlines()[:3] == [
         "converted (1):",
         "  converted",
-        "left alone (14):",
+        "left alone (15):",
     ]
 
 

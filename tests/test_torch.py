@@ -377,6 +377,22 @@ def test_a_file_that_is_not_whole_is_refused(tmp_path):
     assert jax.tree.map(bits, nnx.state(model)) == before
 
 
+def test_a_sequential_has_the_names_of_pytorch_without_its_own():
+    model = nnx.Sequential(Linear(3, 4, rngs=nnx.Rngs(0)))
+    state = {n.removeprefix("up."): a for n, a in random_state().items() if "up" in n}
+    load(model, {f"0.{n}": a for n, a in state.items()}, rename={"layers": ""})
+    assert bits(model.layers[0].weight[...]) == bits(state["weight"])
+
+
+def test_a_dtype_that_jax_would_narrow_is_refused_and_numpy_keeps_it():
+    state = {"x": np.ones(3)}
+    abstract = {"x": jax.ShapeDtypeStruct((3,), np.float64)}
+    with pytest.raises(ValueError, match=r"x: float64, which needs jax_enable_x64"):
+        load(abstract, state)
+    loaded = load({"x": np.zeros(3)}, state)["x"]
+    assert (type(loaded), loaded.dtype) == (np.ndarray, np.float64)
+
+
 REFUSED = {
     "another kind of file": (
         ValueError,

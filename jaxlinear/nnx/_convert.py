@@ -11,7 +11,12 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from jax import lax
 
-from jaxlinear._arguments import as_tuple, check_is_a, checked_products
+from jaxlinear._arguments import (
+    as_tuple,
+    check_model,
+    check_optimizer,
+    checked_products,
+)
 from jaxlinear._kernels import (
     ARRAYS,
     Axes,
@@ -156,12 +161,7 @@ class _Plan(NamedTuple):
 
 def _plan(model, kinds, parameter, why_not):
     """The layers of these kinds in ``model``, by path, that may be exchanged."""
-    check_is_a("model", model, nnx.Module)
-    if isinstance(model, kinds):
-        raise TypeError(
-            "`model` must be what holds the layers, got one that nothing holds, a"
-            f" {type(model).__name__}: put it into an nnx.Sequential"
-        )
+    check_model(model, kinds)
     nodes = dict(nnx.iter_graph(model))  # Each node once.
     found = {_dotted(p): node for p, node in nodes.items() if isinstance(node, kinds)}
     wrapped_by = {
@@ -213,6 +213,10 @@ def _why_not_ours(layer):
         return "it has a dot_general_cls"
     if kind is nnx.LinearGeneral and layer.batch_axis:
         return "it has a batch_axis"
+    for name in "dtype", "param_dtype":
+        dtype = getattr(layer, name)
+        if dtype is not None and not jnp.issubdtype(dtype, jnp.inexact):
+            return f"its {name} is no floating dtype"
     own = vars(layer).keys() - inspect.signature(kind.__init__).parameters.keys()
     own -= {"kernel", "bias", "_pytree__state", "_pytree__nodes"}
     if own:
@@ -314,7 +318,7 @@ def _of_preferred(dtype, preferred):
 def _carried_out(model, optimizer, plan, made, exchange, lost=None):
     converted = {path: axes for path, (_, axes) in plan.layers.items()}
     if optimizer is not None:
-        check_is_a("optimizer", optimizer, nnx.Optimizer)
+        check_optimizer(optimizer)
         state, _ = exchange(optimizer.opt_state, converted)
         optimizer.opt_state = nnx.data(state)
     _exchange(model, made, set())
