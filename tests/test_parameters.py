@@ -1,11 +1,13 @@
 """The initial parameters: U(-√k, √k), k = 1/in_features, in every dtype."""
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.nn import initializers
 from jax.sharding import NamedSharding, PartitionSpec
 from oracle import wide
 
@@ -131,3 +133,32 @@ def test_no_device_holds_more_than_its_shard_while_a_sharded_weight_is_created()
     assert memory.output_size_in_bytes == whole // 8
     # The draw's temporaries are a few arrays of the size of a shard.
     assert memory.output_size_in_bytes + memory.temp_size_in_bytes < whole * 5 / 8
+
+
+IN, OUT = 50, 800
+# The initializers of the porting guide, with the variance of a weight (out, in).
+NAMED = {
+    "kaiming": (initializers.he_normal, 2 / IN),
+    "xavier": (initializers.glorot_uniform, 2 / (IN + OUT)),
+    "lecun": (initializers.lecun_normal, 1 / IN),
+    "scaled": (
+        functools.partial(
+            initializers.variance_scaling, 2.0, "fan_avg", "truncated_normal"
+        ),
+        4 / (IN + OUT),
+    ),
+    "pytorch": (
+        functools.partial(initializers.variance_scaling, 1 / 3, "fan_in", "uniform"),
+        1 / (3 * IN),
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "variance"), NAMED.values(), ids=NAMED)
+@pytest.mark.parametrize("stack", [(), (3,)], ids=["one", "stack"])
+def test_initializers_by_name_have_the_fan_of_a_weight(make, variance, stack):
+    batch = {"batch_axis": 0} if stack else {}
+    init = make(in_axis=-1, out_axis=-2, **batch)
+    weight = init(jax.random.key(0), (*stack, OUT, IN))
+    # Of 40,000 draws: seven standard deviations.
+    assert float(jnp.var(weight)) == pytest.approx(variance, rel=0.05)
