@@ -1,0 +1,104 @@
+"""The example over several processes, killed at any moment and started again."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from oracle import relative_error, wide
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "train_distributed.py"
+KILLS = int(os.environ.get("KILLS", "3"))
+STEPS = 40
+ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu"}
+ENVIRONMENT.pop("XLA_FLAGS", None)  # One device in each process.
+
+
+def start(folder, processes, sharding):
+    command = [sys.executable, EXAMPLE, "--folder", folder, "--steps", str(STEPS)]
+    command += ["--processes", str(processes), "--sharding", sharding, "--every", "5"]
+    return subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=-1, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(folder, processes, sharding):
+    run = start(folder, processes, sharding)
+    printed, _ = run.communicate(timeout=300)
+    assert run.returncode == 0, printed
+    return printed
+
+
+def parameters(folder):
+    """What the last checkpoint has, by path, as NumPy arrays."""
+    checkpointer = ocp.PyTreeCheckpointer()
+    path = folder / str(STEPS) / "default"
+    saved = checkpointer.metadata(path).item_metadata.tree
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
+    leaves = jax.tree.leaves_with_path(
+        checkpointer.restore(path, restore_args=as_numpy)
+    )
+    return {jax.tree_util.keystr(path): array for path, array in leaves}
+
+
+def ranks_of(run):
+    """The two processes that a launcher starts, once it has."""
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
+    for _ in range(100):
+        found = [int(pid) for pid in children.read_text().split()]
+        if len(found) == 2:
+            return found
+        time.sleep(0.05)
+    raise AssertionError("no process was started")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    printed = finish(folder, 2, "fsdp")
+    losses = [
+        float(line.split()[-1]) for line in printed.splitlines() if "loss" in line
+    ]
+    assert losses[-1] < losses[0] - 0.2
+    return parameters(folder)
+
+
+def test_it_ends_as_it_would_have_whichever_process_is_killed(undisturbed, tmp_path):
+    chance = random.Random(0)
+    for _ in range(KILLS):
+        run = start(tmp_path, 2, "fsdp")
+        ranks = ranks_of(run)
+        victim = chance.randrange(2)
+        time.sleep(chance.uniform(0, 12))
+        if run.poll() is not None:  # It was faster.
+            continue
+        os.kill(ranks[victim], signal.SIGKILL)
+        printed, _ = run.communicate(timeout=60)
+        assert run.returncode == 1
+        assert f"Process {victim} ended with -9, so the others are ended." in printed
+        assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+    finish(tmp_path, 2, "fsdp")
+    for name, array in parameters(tmp_path).items():
+        np.testing.assert_array_equal(array, undisturbed[name])
+
+
+@pytest.mark.parametrize("sharding", ["data", "fsdp"])
+def test_another_number_of_processes_goes_on(undisturbed, sharding, tmp_path):
+    run = start(tmp_path, 2, sharding)
+    for line in run.stdout:
+        if line.startswith("step 15"):
+            break
+    os.kill(ranks_of(run)[1], signal.SIGKILL)
+    run.communicate(timeout=60)
+    finish(tmp_path, 4, "fsdp" if sharding == "data" else "data")
+    for name, array in parameters(tmp_path).items():
+        # Sums over devices in another order, through forty steps.
+        assert relative_error(array, wide(undisturbed[name])) < 1e-4
