@@ -139,6 +139,7 @@ def launch(options):
     finally:
         for rank in ranks:
             rank.kill()
+            rank.wait()
 
 
 def main():

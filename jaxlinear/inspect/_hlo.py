@@ -56,7 +56,7 @@ class Instruction:
     def received(self):
         """The arrays that a collective returns on each device."""
         # An asynchronous start may return its operands first, or counters at the end.
-        if self.opcode == "all-gather-start":
+        if self.opcode in ("all-gather-start", "reduce-scatter-start"):
             return self.results[len(self.results) // 2 :]
         if self.opcode == "collective-permute-start":
             return self.results[1:2]

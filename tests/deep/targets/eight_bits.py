@@ -17,16 +17,15 @@ import os
 import re
 import sys
 
-from without_tpu import SETTINGS
+from benchmarks.aot import targets
 
-os.environ |= SETTINGS | {"XLA_FLAGS": "--xla_gpu_enable_triton_gemm=false"}
+os.environ |= targets.SETTINGS | {"XLA_FLAGS": "--xla_gpu_enable_triton_gemm=false"}
 
 import jax
 from jax.sharding import SingleDeviceSharding
-from kernels import kernels
-from measure import TOPOLOGIES, device
 
 import jaxlinear
+from benchmarks.aot.account import account
 
 RECIPES = {
     "bfloat16": None,
@@ -40,9 +39,9 @@ RECIPES = {
 PRODUCTS = "forward_product", "input_gradient", "weight_gradient"
 
 
-def arguments(topology, rows=4096, width=4096, hidden=4096):
+def arguments(device, rows=4096, width=4096, hidden=4096):
     """x, weight, bias and G, on a device that is not here."""
-    sharding = SingleDeviceSharding(topology.devices[0])
+    sharding = SingleDeviceSharding(device)
     shapes = (rows, width), (hidden, width), (hidden,), (rows, hidden)
     dtypes = "bfloat16", "float32", "float32", "bfloat16"
     return [
@@ -74,7 +73,7 @@ def cycles(text):
 
 
 def main(target, *recipes):
-    given = arguments(device(target))
+    given = arguments(targets.devices(target, 1)[0])
     for recipe in recipes or RECIPES:
         found = jaxlinear.explain(
             jaxlinear.linear, *given[:3], dtype="bfloat16", products=RECIPES[recipe]
@@ -84,10 +83,10 @@ def main(target, *recipes):
             name = product.name.replace(" ", "_")
             row = {"recipe": recipe, "product": name, "runs as": product.runs_as}
             row |= {"operands": product.product.dtype, "count": product.count}
-            row |= {"cycles": cycles(text)[name]} if target in TOPOLOGIES else {}
+            row |= {"cycles": cycles(text)[name]} if target in targets.TPUS else {}
             print(json.dumps(row), flush=True)
-        count, size = kernels(text)
-        row = {"recipe": recipe, "kernels": count, "MiB": size / 2**20}
+        found = account(text)
+        row = {"recipe": recipe, "kernels": found.kernels, "MiB": found.bytes / 2**20}
         print(json.dumps(row), flush=True)
 
 

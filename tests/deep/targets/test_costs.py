@@ -7,10 +7,9 @@ Both compilers come as packages and need no device:
     pip install nvidia-cuda-nvcc-cu12
     python -m pytest tests/deep/targets
 
-`measure.py` prints the figures of any case, also for other devices.
+`python -m benchmarks.aot` prints the figures of any case, also for other devices.
 """
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -19,15 +18,16 @@ import sys
 
 import pytest
 
-HERE = pathlib.Path(__file__).parent
-COMPILERS = {"h100": "jax_cuda12_plugin", "v5e": "libtpu"}
+from benchmarks.aot import targets
+
+ROOT = pathlib.Path(__file__).parents[3]
 COSTS = ["kernels", "MiB", "temporary MiB"]
 DTYPES = ["float32", "bfloat16", "mixed"]
 LAYERS = [f"layer-{dtype}-{bias}" for dtype in DTYPES for bias in ("bias", "plain")]
 MLPS = [f"mlp-{dtype}-bias" for dtype in DTYPES]
 CASES = {
     "h100": [*LAYERS, *MLPS, "stack-mixed-bias"],
-    # A stack takes minutes, and float32 half a minute: `measure.py` has them.
+    # A stack takes minutes, and float32 half a minute: `benchmarks.aot` has them.
     "v5e": [case for case in [*LAYERS, *MLPS] if "float32" not in case],
 }
 # (target, backend, case, cost): by how much ours may exceed the others, and why
@@ -50,21 +50,30 @@ EXCEPTIONS = {
 }
 
 
-def measured(target, case):
-    """The costs of ``case`` by backend and contender."""
-    if not importlib.util.find_spec(COMPILERS[target]):
-        pytest.skip(f"needs {COMPILERS[target]}, the compiler for {target}")
-    pytest.importorskip("flax")
+def compiled(target, case, **cell):
+    """The figures of ``case`` by backend and contender."""
+    if why := targets.missing(target, cell.get("chips", 1)):
+        pytest.skip(why)
+    cell = {"target": target, "case": case} | cell
     result = subprocess.run(
-        [sys.executable, HERE / "measure.py", target, case],
+        [sys.executable, "-m", "benchmarks.aot.worker", json.dumps(cell)],
         # Without the options of tests/conftest.py, which are for CPUs.
         env={key: value for key, value in os.environ.items() if key != "XLA_FLAGS"},
+        cwd=ROOT,
         capture_output=True,
         text=True,
     )
     assert result.returncode == 0, result.stderr
     rows = map(json.loads, result.stdout.splitlines())
     return {(row["backend"], row["contender"]): row for row in rows}
+
+
+def measured(target, case):
+    rows = compiled(target, case)
+    for row in rows.values():
+        row["MiB"] = row["bytes"] / 2**20
+        row["temporary MiB"] = row["temporary_bytes"] / 2**20
+    return rows
 
 
 @pytest.mark.parametrize(
@@ -89,3 +98,74 @@ def test_products_and_their_arrays_are_counted():
     # Y from x and W, ∇X from G and W, ∇W from G and x, of two bytes an element.
     least = 2 * 3 * (x + weight + y) / 2**20
     assert (row["kernels"], row["MiB"]) == (3, least)
+    assert row["flops"] == 3 * 2 * 4096 * 2048 * 8192
+
+
+# Train steps over eight devices.
+
+LAYOUTS = ["data", "fsdp", "tensor", "fsdp_tensor"]
+
+
+def by_kind(row):
+    return {(kind, dtype): size for kind, dtype, size in row["collectives"]}
+
+
+@pytest.mark.parametrize("target", ["h100", "v5e"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("axes", ["auto", "explicit"])
+def test_reduced_in_the_compute_dtype_it_is_the_naive_formula_to_the_byte(
+    target, layout, axes
+):
+    """A stack of two-layer blocks under `scan` and `checkpoint`, in mixed precision."""
+    rows = compiled(target, "mlp-mixed-plain", chips=8, layout=layout, axes=axes)
+    rows = {contender: row for (_, contender), row in rows.items()}
+    naive, reduced, ours = (rows[name] for name in ("naive", "ours, reduced", "ours"))
+    assert by_kind(reduced) == by_kind(naive)
+    assert reduced["wire_bytes"] == naive["wire_bytes"]
+    assert reduced["flops"] == ours["flops"] == naive["flops"]
+    assert reduced["peak_bytes"] <= 1.02 * naive["peak_bytes"]
+    # In float32 the gradients of weights are doubled and nothing else is: neither what
+    # is gathered, nor, where layers are split, the sums of Y and of the gradient of x.
+    of_weights = {"data": "all-reduce", "fsdp": "reduce-scatter"}
+    of_weights["fsdp_tensor"] = "reduce-scatter"
+    kind, sent = of_weights.get(layout), dict(by_kind(naive))
+    if kind:
+        sent[kind, "f32"] = sent.get((kind, "f32"), 0) + 2 * sent.pop((kind, "bf16"))
+    assert by_kind(ours) == sent
+
+
+@pytest.mark.parametrize("target", ["h100", "v5e"])
+@pytest.mark.parametrize("case", ["column-mixed-bias", "row-bfloat16-bias"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_bias_adds_its_own_gradient_in_float32_and_no_more(target, case, layout):
+    rows = compiled(target, case, chips=8, layout=layout)
+    rows = {contender: row for (_, contender), row in rows.items()}
+    reduced, naive = by_kind(rows["ours, reduced"]), by_kind(rows["naive"])
+    bias = (4096 if "column" in case else 1024) * 2
+
+    def total(found, *kinds):
+        return sum(size for (kind, _), size in found.items() if kind in kinds)
+
+    assert total(reduced, "all-gather") == total(naive, "all-gather")
+    kinds = "all-reduce", "reduce-scatter"
+    # Once all of it where it is reduced, or a part where it is scattered.
+    assert 0 <= total(reduced, *kinds) - total(naive, *kinds) <= bias
+
+
+@pytest.mark.parametrize("target", ["h100", "v5p"])
+def test_operations_and_bytes_of_a_chip_stay_as_they_are_from_64_to_1024(target):
+    figures = []
+    for chips in (64, 1024):
+        sizes = {"rows": 8192, "width": 2048, "hidden": 8192, "tensor": 4}
+        found = compiled(
+            target,
+            "gpt-mixed-plain",
+            chips=chips,
+            layout="fsdp_tensor",
+            sizes=sizes,
+            contenders=["ours"],
+        )
+        figures += found.values()
+    few, many = figures
+    assert few["flops"] == many["flops"]
+    assert many["bytes"] == pytest.approx(few["bytes"], rel=0.03)

@@ -3,7 +3,6 @@
 `eight_bits.py` prints the figures.
 """
 
-import importlib.util
 import json
 import pathlib
 import subprocess
@@ -12,17 +11,16 @@ import sys
 import pytest
 
 import jaxlinear
+from benchmarks.aot import targets
 
 PROGRAM = pathlib.Path(__file__).with_name("eight_bits.py")
-COMPILERS = {"h100": "jax_cuda12_plugin", "b200": "jax_cuda12_plugin"}
 NAMES = ["forward_product", "input_gradient", "weight_gradient"]
 
 
 def found(target, *recipes):
     """Of each recipe the rows of its products, and that of the whole."""
-    compiler = COMPILERS.get(target, "libtpu")
-    if not importlib.util.find_spec(compiler):
-        pytest.skip(f"needs {compiler}, the compiler for {target}")
+    if why := targets.missing(target, 1):
+        pytest.skip(why)
     result = subprocess.run(
         [sys.executable, PROGRAM, target, *recipes], capture_output=True, text=True
     )

@@ -7,7 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from without_tpu import SETTINGS
+
+from benchmarks.aot.targets import SETTINGS
 
 pytestmark = pytest.mark.skipif(
     not importlib.util.find_spec("libtpu"), reason="needs libtpu"

@@ -1,0 +1,47 @@
+"""PNG plots: memory, bytes on the wire and operations of a device, against devices."""
+
+from matplotlib.figure import Figure
+
+FIGURES = {  # what is plotted: its unit and the size of one
+    "peak_bytes": ("memory, GiB", 2**30),
+    "wire_bytes": ("sent per step, GiB", 2**30),
+    "bytes": ("read and written, GiB", 2**30),
+    "flops": ("operations, Tflop", 1e12),
+}
+
+
+def draw(document, folder):
+    """A plot for each case that was compiled for several numbers of chips."""
+    paths = []
+    groups = {}
+    for row in document["rows"]:
+        key = row["target"], row["case"], row.get("layout"), row.get("axes")
+        groups.setdefault(key, []).append(row)
+    for (target, case, layout, _), rows in groups.items():
+        if len({row["chips"] for row in rows}) > 1:
+            figure = against_chips(rows, f"{target}, {case}, {layout}, per device")
+            paths.append(folder / f"{target}-{case}-{layout}.png")
+            figure.savefig(paths[-1], dpi=150)
+    return paths
+
+
+def against_chips(rows, title):
+    figure = Figure((10, 6.5), layout="constrained")
+    figure.suptitle(title)
+    for ax, (name, (label, unit)) in zip(
+        figure.subplots(2, 2).flat, FIGURES.items(), strict=True
+    ):
+        for contender in dict.fromkeys(row["contender"] for row in rows):
+            mine = sorted(
+                (row["chips"], row[name] / unit)
+                for row in rows
+                if row["contender"] == contender
+            )
+            style = "--" if contender == "naive" else "-"
+            ax.plot(*zip(*mine, strict=True), style, marker="o", label=contender)
+        ax.set(xscale="log", xlabel="chips", ylabel=label, ylim=(0, None))
+        ticks = sorted({row["chips"] for row in rows})
+        ax.set_xticks(ticks, map(str, ticks))
+        ax.minorticks_off()
+    figure.axes[0].legend(fontsize=8)
+    return figure

@@ -1,0 +1,162 @@
+"""A model of 175 billion parameters on 64 to 8,192 chips, compiled without one.
+
+    python -m benchmarks.aot.study
+
+The linear layers of GPT-3 (12,288 wide, 49,152 hidden, 96 blocks, scanned and
+recomputed), FSDP times tensor parallelism, 2,048 tokens a chip: ours, ours with them
+reduced in bfloat16, and the naive formula, in mixed precision, for v5p and the H100;
+with fewer rows in a shard; and with q, k and v in one layer and in three. It writes
+`benchmarks/results/scale.json` and the plots and the tables of `docs/scale.md`.
+"""
+
+import itertools
+import json
+import pathlib
+
+from rich.console import Console
+
+from benchmarks.aot import plots
+from benchmarks.aot.__main__ import ROOT, run
+
+RESULTS = ROOT / "benchmarks" / "results" / "scale.json"
+PAGE = ROOT / "docs" / "scale.md"
+GPT3 = {"width": 12288, "hidden": 49152, "layers": 96}
+TENSOR = {"v5p": 4, "h100": 8}
+CHIPS = {"v5p": [64, 256, 1024, 4096, 8192], "h100": [64, 256, 1024]}
+TOKENS = 2048
+CONTENDERS = ["ours", "ours, reduced", "naive"]
+
+
+def cell(target, chips, case, contenders=CONTENDERS, tokens=TOKENS):
+    sizes = GPT3 | {"tensor": TENSOR[target], "rows": tokens * TENSOR[target]}
+    return {
+        "target": target,
+        "chips": chips,
+        "case": case,
+        "layout": "fsdp_tensor",
+        "axes": "auto",
+        "sizes": sizes,
+        "contenders": contenders,
+    }
+
+
+def cells():
+    for target in TENSOR:
+        for chips in CHIPS[target]:
+            yield cell(target, chips, "gpt-mixed-plain")
+    for target in TENSOR:
+        yield cell(target, 256, "gpt_three-mixed-plain", ["ours, reduced"])
+    # Few rows for each shard of the data.
+    for tokens in (512, 128, 32):
+        yield cell("v5p", 1024, "gpt-mixed-plain", tokens=tokens)
+
+
+def tokens(row):
+    return row["sizes"]["rows"] // row["sizes"]["tensor"]
+
+
+def markdown(rows, first, names):
+    """A table with the columns ``first`` and memory, operations and bytes of each."""
+    lines = [[*first, *names]]
+    groups = itertools.groupby(rows, key=lambda row: [f(row) for f in first.values()])
+    for key, group in groups:
+        found = {row["contender"]: row for row in group}
+        lines.append([*map(str, key), *(figure(found) for figure in names.values())])
+    head, *body = lines
+    rule = ["---"] * len(first) + ["---:"] * len(names)
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *body))
+
+
+def of_each(name, unit, digits):
+    def figures(found):
+        return " / ".join(
+            f"{found[c][name] / unit:,.{digits}f}" for c in CONTENDERS if c in found
+        )
+
+    return figures
+
+
+FIGURES = {
+    "peak, GiB": of_each("peak_bytes", 2**30, 1),
+    "Tflop": of_each("flops", 1e12, 1),
+    "read and written, GiB": of_each("bytes", 2**30, 0),
+    "on the wire, GiB": of_each("wire_bytes", 2**30, 0),
+}
+
+
+def tables(document):
+    """The generated parts of the page, by name."""
+    rows = document["rows"]
+    gpt = [row for row in rows if row["case"].startswith("gpt-")]
+    first = {"chips": lambda row: row["chips"]}
+    by_tokens = {"tokens a chip": tokens}
+    return {
+        **{
+            target: markdown(
+                [r for r in gpt if r["target"] == target and tokens(r) == TOKENS],
+                first,
+                FIGURES,
+            )
+            for target in TENSOR
+        },
+        "rows": markdown(
+            [r for r in gpt if r["chips"] == 1024 and r["target"] == "v5p"],
+            by_tokens,
+            FIGURES,
+        ),
+        "qkv": markdown(
+            sorted(
+                (
+                    r
+                    for r in rows
+                    if r["chips"] == 256 and r["contender"] == "ours, reduced"
+                ),
+                key=lambda r: (r["target"], r["case"]),
+            ),
+            {
+                "target": lambda row: row["target"],
+                "q, k and v": lambda row: (
+                    "in one layer"
+                    if row["case"].startswith("gpt-")
+                    else "in three layers"
+                ),
+            },
+            FIGURES,
+        ),
+    }
+
+
+def written(page, parts):
+    """The page with each generated part between its marks."""
+    for name, text in parts.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        before, _, rest = page.partition(begin)
+        after = rest.partition(end)[2]
+        page = f"{before}{begin}\n\n{text}\n\n{end}{after}"
+    return page
+
+
+def main():
+    console = Console()
+    folder = pathlib.Path("aot_results") / "study"
+    document = run(list(cells()), folder, console)
+    for failed in document["failed"]:
+        console.print(f"not compiled: {failed}", style="red", highlight=False)
+    if document["failed"]:
+        raise SystemExit(1)
+    RESULTS.write_text(json.dumps(document, indent=1) + "\n")
+    PAGE.write_text(written(PAGE.read_text(), tables(document)))
+    for target in TENSOR:
+        rows = [
+            row
+            for row in document["rows"]
+            if row["target"] == target
+            and row["case"].startswith("gpt-")
+            and tokens(row) == TOKENS
+        ]
+        figure = plots.against_chips(rows, f"174 billion parameters on {target}")
+        figure.savefig(PAGE.parent / f"scale-{target}.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()

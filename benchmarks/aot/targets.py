@@ -1,0 +1,66 @@
+"""Devices that are not here, as their compilers are told of them."""
+
+import importlib.util
+import math
+import pathlib
+
+SETTINGS = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "JAX_PLATFORMS": "cpu",
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_LOG_DIR": "disabled",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+"""Environment variables, to be set before JAX is imported."""
+
+# Axes of the torus, and the most chips that the compilers here take.
+TPUS = {"v5e": (2, 256), "v6e": (2, 256), "v5p": (3, 8960), "tpu7x": (3, 8192)}
+GPUS = {"h100": {}, "b200": {}}
+GPUS["b200"] = {"{ major: 9 }": "{ major: 10 }", "132": "148"}
+GPUS["b200"] |= {"H100 80GB HBM3": "B200", "12.8.0": "13.0.0"}
+TARGETS = [*TPUS, *GPUS]
+GPUS_OF_A_HOST = 8
+
+
+def compiler(target):
+    """The package that has the compiler."""
+    return "libtpu" if target in TPUS else "jax_cuda12_plugin"
+
+
+def missing(target, chips):
+    """Why ``target`` cannot be compiled for here, or None."""
+    if importlib.util.find_spec(compiler(target)) is None:
+        return f"{compiler(target)} is not installed: pip install -e '.[aot]'"
+    if target in TPUS and chips > TPUS[target][1]:
+        return f"the compiler has no topology of more than {TPUS[target][1]} chips"
+    return None
+
+
+def devices(target, chips):
+    """``chips`` devices of a topology, in a line. A chip of TPU 7x is two devices."""
+    from jax.experimental import topologies
+
+    if target in TPUS:
+        shape = _torus(max(chips, 4), TPUS[target][0])
+        name = f"{target}:{'x'.join(map(str, shape))}"
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        return found[: chips * len(found) // math.prod(shape)]
+    config = (pathlib.Path(__file__).parent / "h100.txtpb").read_text()
+    for old, new in GPUS[target].items():
+        config = config.replace(old, new)
+    hosts = math.ceil(chips / GPUS_OF_A_HOST)
+    shape = f"1x{hosts}x{min(chips, GPUS_OF_A_HOST)}"
+    return topologies.get_topology_desc(
+        platform="cuda", topology_name=shape, topology=shape, target_config=config
+    ).devices
+
+
+def _torus(chips, axes):
+    """Sizes of the axes of a torus, as even as powers of two allow."""
+    exponent = chips.bit_length() - 1
+    if 1 << exponent != chips:
+        raise ValueError(f"`chips` must be a power of two, got {chips}")
+    sizes = [exponent // axes + (i < exponent % axes) for i in range(axes)]
+    return sorted(1 << size for size in sizes)[:: -1 if axes == 3 and chips < 64 else 1]

@@ -1,0 +1,67 @@
+"""Compile one case for a target and print a line of JSON for each contender.
+
+    python -m benchmarks.aot.worker '{"target": "h100", "case": "layer-mixed-bias"}'
+
+A process of its own, since a compiler may abort the one that it runs in.
+"""
+
+import json
+import os
+import sys
+import time
+
+from benchmarks.aot import targets
+
+os.environ |= targets.SETTINGS
+
+from benchmarks.aot import account, programs
+
+BACKENDS = {"triton": None, "cublas": {"xla_gpu_enable_triton_gemm": False}}
+"""Of the products on GPUs. A device chooses between them by timing."""
+
+
+def main(cell):
+    cell = {"chips": 1, "layout": None, "axes": "auto"} | cell
+    target, is_tpu = cell["target"], cell["target"] in targets.TPUS
+    devices = targets.devices(target, cell["chips"])
+    default = (
+        ["ours", "naive", "Flax"] if cell["layout"] is None else programs.CONTENDERS
+    )
+    for contender in cell.get("contenders", default):
+        if cell["layout"] is None:
+            step, arguments = programs.on_one(cell["case"], contender, devices[0])
+        else:
+            sizes = programs.SIZES | cell.get("sizes", {})
+            step, arguments = programs.sharded(
+                cell["case"], contender, devices, cell["layout"], cell["axes"], sizes
+            )
+        platform = "tpu" if is_tpu else "cuda"
+        lowered = step.trace(*arguments).lower(lowering_platforms=(platform,))
+        backends = (
+            ["tpu"] if is_tpu else BACKENDS if cell["layout"] is None else ["triton"]
+        )
+        for backend in backends:
+            begin = time.perf_counter()
+            program = lowered.compile(compiler_options=BACKENDS.get(backend))
+            seconds = time.perf_counter() - begin
+            row = {"devices": len(devices), "backend": backend, "contender": contender}
+            row |= figures(program) | {"compile_s": seconds}
+            print(json.dumps(row), flush=True)
+
+
+def figures(program):
+    found, memory = account.account(program.as_text()), program.memory_analysis()
+    return {
+        "kernels": found.kernels,
+        "flops": found.flops,
+        "bytes": found.bytes,
+        **{name: found.moves[name] for name in ("converts", "copies", "transposes")},
+        "collectives": sorted([*key, size] for key, size in found.collectives.items()),
+        "wire_bytes": found.wire,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "peak_bytes": memory.peak_memory_in_bytes,
+    }
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
