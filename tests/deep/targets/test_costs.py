@@ -152,10 +152,12 @@ def test_a_bias_adds_its_own_gradient_in_float32_and_no_more(target, case, layou
     assert 0 <= total(reduced, *kinds) - total(naive, *kinds) <= bias
 
 
-@pytest.mark.parametrize("target", ["h100", "v5p"])
-def test_operations_and_bytes_of_a_chip_stay_as_they_are_from_64_to_1024(target):
+# On 64 chips of v5p XLA multiplies what it gathers piece by piece, and reads and writes
+# the sums in between: the naive formula's, too.
+@pytest.mark.parametrize(("target", "fewest"), [("h100", 64), ("v5p", 256)])
+def test_operations_and_bytes_of_a_chip_stay_as_they_are(target, fewest):
     figures = []
-    for chips in (64, 1024):
+    for chips in (fewest, 1024):
         sizes = {"rows": 8192, "width": 2048, "hidden": 8192, "tensor": 4}
         found = compiled(
             target,
