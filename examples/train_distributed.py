@@ -143,7 +143,7 @@ def launch(options):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser()
     parser.add_argument("--processes", type=int, help="how many to start here")
     parser.add_argument("--sharding", choices=["data", "fsdp"], default="fsdp")
     parser.add_argument("--steps", type=int, default=200)

@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import importlib.metadata
+import json
 import pathlib
 import pkgutil
 import re
@@ -14,6 +15,7 @@ import pytest
 
 import jaxlinear
 from benchmarks import readme
+from benchmarks.aot import study
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -59,6 +61,12 @@ def test_figures_in_the_readme_are_those_of_our_results(monkeypatch):
     """`python -m benchmarks.readme` writes them; results may be older, and say so."""
     monkeypatch.setattr(sys, "argv", ["readme", "--check"])
     readme.main()
+
+
+def test_figures_on_the_page_about_scale_are_those_of_our_results():
+    """`python -m benchmarks.aot.study` writes them."""
+    page, document = study.PAGE.read_text(), json.loads(study.RESULTS.read_text())
+    assert study.written(page, study.tables(document)) == page
 
 
 @pytest.mark.parametrize("name", ["jaxlinear", *MODULES])

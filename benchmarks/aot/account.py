@@ -82,18 +82,18 @@ def _of(computations, name, partitions, channels):
     for _, result, type_, opcode, operands, attributes in computations[name]:
         types[result] = type_
         read = [types[o] for o in re.findall(r"%([\w.-]+)", operands) if o in types]
-        called = re.search(r"\b(?:body|to_apply|calls)=%?([\w.-]+)", attributes)
+        called = re.findall(r"\b(?:body|to_apply|calls)=%?([\w.-]+)", attributes)
         if opcode == "while":
-            inner = _of(computations, called[1], partitions, set())
+            inner = _of(computations, called[0], partitions, set())
             total.add(inner, _trips(computations, attributes))
             continue
         if opcode in ("call", "call-start", "async-start"):
-            total.add(_of(computations, called[1], partitions, channels))
+            total.add(_of(computations, called[0], partitions, channels))
             continue
         is_fusion = opcode in ("fusion", "fusion-start")
         if is_fusion:
-            inner = _of(computations, called[1], partitions, channels)
-            if "all-reduce-scatter" in called[1]:
+            inner = _of(computations, called[0], partitions, channels)
+            if "all-reduce-scatter" in called[0]:
                 inner = _scattered(inner, type_)
             total.add(inner, with_kernels=False)
         elif collective := _COLLECTIVE.fullmatch(opcode):
@@ -113,7 +113,7 @@ def _of(computations, name, partitions, channels):
             continue
         total.kernels += 1
         if is_fusion:
-            total.bytes += _fusion_bytes(computations[called[1]], read)
+            total.bytes += _fusion_bytes(computations[called[0]], read)
         else:
             # A library's workspace is bytes: no array of the program.
             is_library = opcode == "custom-call"
@@ -128,21 +128,19 @@ def _trips(computations, attributes):
     if known:
         return int(known[1])
     condition, body = (
-        {name: rest for _, name, *rest in computations[computation]}
-        for computation in (
-            re.search(rf"{part}=%?([\w.-]+)", attributes)[1]
-            for part in ("condition", "body")
-        )
+        {
+            name: rest
+            for _, name, *rest in computations[_found(rf"{p}=%?([\w.-]+)", attributes)]
+        }
+        for p in ("condition", "body")
     )
     [compared] = [rest for rest in condition.values() if rest[1] == "compare"]
     assert "direction=LT" in compared[3], "another kind of loop"
     counter, limit = (condition[o] for o in re.findall(r"%([\w.-]+)", compared[2]))
-    place = re.search(r"index=(\d+)", counter[3])[1]
     # One iteration may be several steps.
-    *_, root = (
-        name for is_root, name, *_ in _body_of(computations, attributes) if is_root
-    )
-    name, step = re.findall(r"%([\w.-]+)", body[root][2])[int(place)], 0
+    [*_, root] = body.values()
+    place = int(_found(r"index=(\d+)", counter[3]))
+    name, step = re.findall(r"%([\w.-]+)", root[2])[place], 0
     while body[name][1] != "get-tuple-element":
         assert body[name][1] in ("add", "copy"), "a counter of another kind"
         name, *added = re.findall(r"%([\w.-]+)", body[name][2])
@@ -150,8 +148,11 @@ def _trips(computations, attributes):
     return -(-int(limit[2]) // step)
 
 
-def _body_of(computations, attributes):
-    return computations[re.search(r"body=%?([\w.-]+)", attributes)[1]]
+def _found(pattern, text):
+    """What the pattern's group finds, which must be there."""
+    found = re.search(pattern, text)
+    assert found, f"no {pattern} in {text}"
+    return found[1]
 
 
 # Products.
@@ -168,8 +169,8 @@ def _flops(type_, read, attributes):
     result = max(_shapes(type_), key=math.prod)
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
     if not labels:
-        axes = re.search(r"lhs_contracting_dim\w*\W+([\d,\"]*)", attributes)
-        contracted = (left[int(axis)] for axis in re.findall(r"\d+", axes[1]))
+        axes = _found(r"lhs_contracting_dim\w*\W+([\d,\"]*)", attributes)
+        contracted = (left[int(axis)] for axis in re.findall(r"\d+", axes))
         return 2 * math.prod(result) * math.prod(contracted)
     left, right, result = (
         dict(zip(names, sizes, strict=True))

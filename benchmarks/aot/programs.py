@@ -210,7 +210,7 @@ def sharded(case, contender, devices, layout, axis_type, sizes):
     def parameters_of(part):
         ins, outs = names(part)
         shapes = parameter_shapes(
-            contender, *features(part), param_dtype, bias == "bias"
+            contender, *features(part), dtype=param_dtype, has_bias=bias == "bias"
         )
         weight = (ins, outs) if contender == "Flax" else (outs, ins)
         # Where types have shardings, a bias is added to rows that have this axis.
@@ -233,13 +233,13 @@ def sharded(case, contender, devices, layout, axis_type, sizes):
     def block(parameters, x):
         if name in ("column", "row"):
             return layer(SHARDED[name][0], parameters, x)
-        if name == "gpt":
-            # Three values of each feature, so that no device needs another's.
-            mixed = layer("qkv", parameters, x).reshape(*x.shape, 3)
-            q, k, v = (mixed[..., i] for i in range(3))
-        if name == "gpt_three":
-            q, k, v = (layer(part, parameters, x) for part in "qkv")
         if name != "mlp":
+            if name == "gpt":
+                # Three values of each feature, so that no device needs another's.
+                mixed = layer("qkv", parameters, x).reshape(*x.shape, 3)
+                q, k, v = (mixed[..., i] for i in range(3))
+            else:
+                q, k, v = (layer(part, parameters, x) for part in "qkv")
             x = x + layer("proj", parameters, q * jax.nn.sigmoid(k) + v)
         return x + layer("down", parameters, jax.nn.gelu(layer("up", parameters, x)))
 

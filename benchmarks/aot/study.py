@@ -3,8 +3,8 @@
     python -m benchmarks.aot.study
 
 The linear layers of GPT-3 (12,288 wide, 49,152 hidden, 96 blocks, scanned and
-recomputed), FSDP times tensor parallelism, 2,048 tokens a chip: ours, ours with them
-reduced in bfloat16, and the naive formula, in mixed precision, for v5p and the H100;
+recomputed), FSDP times tensor parallelism, 2,048 tokens a chip, in mixed precision, for
+v5p and the H100: ours, ours with gradients reduced in bfloat16, the naive formula;
 with fewer rows in a shard; and with q, k and v in one layer and in three. It writes
 `benchmarks/results/scale.json` and the plots and the tables of `docs/scale.md`.
 """
