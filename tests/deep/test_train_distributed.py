@@ -1,8 +1,11 @@
 """The example over several processes, killed at any moment and started again."""
 
+import argparse
 import os
 import random
+import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -104,3 +107,13 @@ def test_another_number_of_processes_goes_on(undisturbed, sharding, tmp_path):
     for name, array in parameters(tmp_path).items():
         # Sums over devices in another order, through forty steps.
         assert relative_error(array, wide(undisturbed[0][name])) < 1e-4
+
+
+def test_it_listens_on_loopback_alone_unless_told_otherwise(monkeypatch):
+    program = runpy.run_path(str(EXAMPLE))
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "192.0.2.1")
+    options = argparse.Namespace(listen=False, processes=2)
+    with pytest.raises(
+        SystemExit, match=r"would listen at 192\.0\.2\.1: pass --listen"
+    ):
+        program["launch"](options)
