@@ -212,6 +212,10 @@ backend_config={"gemm_backend_config":{"precision_config":{"operand_precision":\
   %start.1 = (pred[4], f8e4m3fn[16,4]{1,0}) collective-permute-start(%p.1), channel_id=5
   %start = (bf16[16,4]{1,0}, bf16[64,4]{1,0}) all-gather-start(%p.1), channel_id=2
   %done = bf16[64,4]{1,0} all-gather-done(%start)
+  %flat = f16[64,32]{1,0} all-reduce-start(%p.1), channel_id=6
+  %nested = ((f16[64,32]{1,0}), f16[64,32]{1,0}) all-reduce-start(%p.1), channel_id=7
+  %scatter = ((f16[64,32]{1,0}, f16[48,32]{1,0}), (f16[8,32]{1,0}, f16[6,32]{1,0})) \
+reduce-scatter-start(%p.1, %p.2), channel_id=8
 """
 
 
@@ -234,7 +238,9 @@ def test_programs_for_gpus_are_read():
     assert library.results[0] == ("float32", (64, 48))
     assert (library.precision, library.runs_as) == ("default/high", "__cublas$gemm")
     assert dot.precision == "dot_tf32_tf32_f32_x3"
-    permute, gather = collectives(program)
+    permute, gather, flat, nested, scatter = collectives(program)
+    assert flat.received == nested.received == (("float16", (64, 32)),)
+    assert scatter.received == (("float16", (8, 32)), ("float16", (6, 32)))
     assert permute.received == (("float8_e4m3fn", (16, 4)),)
     assert gather.received == (("bfloat16", (64, 4)),)
     assert [bits(array[0]) for array in permute.results] == [8, 8]

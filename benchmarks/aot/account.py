@@ -215,7 +215,8 @@ def _shapes(type_):
 def _add_collective(total, kind, opcode, type_, partitions, attributes):
     arrays = _ARRAY.findall(type_)
     # An asynchronous start may return its operands first, or counters at the end.
-    if opcode in ("all-gather-start", "reduce-scatter-start"):
+    # Whether that of an all-reduce does depends on the version of XLA.
+    if opcode in ("all-gather-start", "reduce-scatter-start") or type_[:2] == "((":
         arrays = arrays[len(arrays) // 2 :]
     elif opcode == "collective-permute-start":
         arrays = arrays[1:2]

@@ -56,7 +56,12 @@ class Instruction:
     def received(self):
         """The arrays that a collective returns on each device."""
         # An asynchronous start may return its operands first, or counters at the end.
-        if self.opcode in ("all-gather-start", "reduce-scatter-start"):
+        # Whether that of an all-reduce does depends on the version of XLA.
+        has_operands = self.opcode in ("all-gather-start", "reduce-scatter-start") or (
+            self.opcode == "all-reduce-start"
+            and len(self.results) == 2 * len(self.operand_dtypes)
+        )
+        if has_operands:
             return self.results[len(self.results) // 2 :]
         if self.opcode == "collective-permute-start":
             return self.results[1:2]
