@@ -134,6 +134,8 @@ def main():
     options.chips = options.chips or [1, 8]
     options.axes = options.axes or ["auto"]
     console = Console()
+    # The table needs its width where the terminal does not say its own.
+    console.width = max(console.width, 150)
     document = run(list(cells(options)), options.output, console)
     console.print(table(document))
     for failed in document["failed"]:

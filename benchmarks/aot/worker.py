@@ -24,6 +24,8 @@ def main(cell):
     cell = {"chips": 1, "layout": None, "axes": "auto"} | cell
     target, is_tpu = cell["target"], cell["target"] in targets.TPUS
     devices = targets.devices(target, cell["chips"])
+    if cell["layout"] is None:
+        devices = devices[:1]
     default = (
         ["ours", "naive", "Flax"] if cell["layout"] is None else programs.CONTENDERS
     )
