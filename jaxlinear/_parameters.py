@@ -109,6 +109,9 @@ def _reshaped(name, drawn, expected, shape):
     if isinstance(drawn, nnx.VariableMetadata):
         value = _reshaped(name, drawn.raw_value, expected, shape)
         return dataclasses.replace(drawn, raw_value=value)
+    if isinstance(drawn, nn.Partitioned):
+        # Not by its `unbox`, which would shard the matrix by the names of all axes.
+        return drawn.replace(value=_reshaped(name, drawn.value, expected, shape))
     if isinstance(drawn, nn.meta.AxisMetadata):
         return drawn.replace_boxed(_reshaped(name, nn.unbox(drawn), expected, shape))
     return checked_drawn(name, drawn, expected).reshape(shape)

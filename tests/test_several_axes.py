@@ -159,6 +159,15 @@ def test_an_initializer_draws_the_kernel_as_a_matrix_and_its_names_move():
     assert layer.weight.get_metadata("out_sharding") == ("b", None, "a", None)
 
 
+def test_names_of_all_axes_are_moved_in_linen_on_a_mesh():
+    init = nn.with_partitioning(nn.initializers.ones, (None, "b", None))
+    layer = jaxlinear.linen.Linear((4, 3), kernel_init=init)
+    with jax.set_mesh(jax.make_mesh((2, 4), ("a", "b"), (AxisType.Auto,) * 2)):
+        weight = layer.init(jax.random.key(0), jnp.ones((5, 8)))["params"]["weight"]
+    assert weight.names == ("b", None, None)
+    assert weight.value.shape == (4, 3, 8)
+
+
 def test_heads_are_sharded_on_an_explicit_mesh():
     mesh = jax.make_mesh((2, 4), ("data", "model"), (AxisType.Explicit,) * 2)
     x = random_array(1, (4, 5, 8), "float32")
