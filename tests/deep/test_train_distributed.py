@@ -19,7 +19,7 @@ from oracle import relative_error, wide
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "train_distributed.py"
-KILLS = int(os.environ.get("KILLS", "2"))
+KILLS = int(os.environ.get("KILLS", "1"))
 STEPS = 40
 ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu"}
 ENVIRONMENT.pop("XLA_FLAGS", None)  # One device in each process.
