@@ -386,6 +386,10 @@ def as_tuple(value):
     return value if isinstance(value, tuple) else (value,)
 
 
+ARRAYS = jax.Array, np.ndarray, jax.ShapeDtypeStruct
+"""The kinds of an array in a tree, with values or without."""
+
+
 def checked_axes(x, axis, sizes=None):
     """``axis`` of x as indices in ascending order, of axes that have these sizes."""
     if x.ndim < len(axis) or not all(-x.ndim <= one < x.ndim for one in axis):

@@ -32,11 +32,11 @@ def linear_over_axes(x, weight, bias, axis, *, out_sharding=None, **options):
     if axis == -1 and weight.ndim == 2:
         return linear(x, weight, bias, out_sharding=out_sharding, **options)
     axis = as_tuple(axis)
-    in_axes = checked_axes(x, axis, weight.shape[-len(axis) :])
-    out_shape = weight.shape[: -len(axis)]
+    out_shape, in_shape = weight.shape[: -len(axis)], weight.shape[-len(axis) :]
+    in_axes = checked_axes(x, axis, in_shape)
     x = jnp.moveaxis(x, in_axes, range(-len(axis), 0))
     leading = x.shape[: -len(axis)]
-    size = math.prod(weight.shape[-len(axis) :])
+    size = math.prod(in_shape)
     Y = linear(
         x.reshape(*leading, size),
         weight.reshape(math.prod(out_shape), size),

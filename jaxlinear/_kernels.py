@@ -9,12 +9,13 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple, TypeVar
 
 import jax
-import numpy as np
 from flax import linen as nn
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlinear._arguments import (
+    ARRAYS,
+    as_tuple,
     check_layers_found,
     check_unfactored,
     checked_layers,
@@ -23,14 +24,16 @@ from jaxlinear._arguments import (
 Tree = TypeVar("Tree")
 
 
-ARRAYS = jax.Array, np.ndarray, jax.ShapeDtypeStruct
-
-
 class Axes(NamedTuple):
     """How many axes of a layer's kernel are those of the input, and of the output."""
 
     inputs: int = 1
     outputs: int = 1
+
+
+def axes_of(in_features, out_features):
+    """The :class:`Axes` of a layer with these numbers of features."""
+    return Axes(len(as_tuple(in_features)), len(as_tuple(out_features)))
 
 
 Layers = Mapping[str, tuple[int, int]] | Iterable[str]

@@ -18,7 +18,7 @@ from jaxlinear._arguments import (
     check_placeable,
     checked_drawn,
 )
-from jaxlinear._kernels import Axes, weight_of
+from jaxlinear._kernels import axes_of, weight_of
 
 
 @functools.cache  # One function object per size: `jax.jit` compiles each once.
@@ -96,7 +96,7 @@ def _weight(key, init, in_shape, out_shape, dtype):
     drawn = init(key, matrix, dtype)
     check_names_are_known(drawn)
     kernel = _reshaped("kernel_init", drawn, matrix, (*in_shape, *out_shape))
-    return weight_of(kernel, Axes(len(in_shape), len(out_shape)))
+    return weight_of(kernel, axes_of(in_shape, out_shape))
 
 
 def _bias(key, init, in_shape, out_shape, dtype):

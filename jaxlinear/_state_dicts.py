@@ -167,7 +167,13 @@ def _of_safetensors(path):
 
 
 def _of_index(path):
-    """The tensors of the files beside an index, which says where each one is."""
+    """The tensors of the files beside an index."""
+    where, files = _shards(path)
+    return {name: files[file][name] for name, file in where.items()}
+
+
+def _shards(path):
+    """In which file an index says that each tensor is, and the tensors of each file."""
     index = _json(path, path.read_bytes())
     where = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(where, dict):
@@ -182,7 +188,7 @@ def _of_index(path):
     for name, file in where.items():
         if name not in files[file]:
             raise _not_an_index(path, f"{file} has no tensor {name!r}")
-    return {name: files[file][name] for name, file in where.items()}
+    return where, files
 
 
 def _not_an_index(path, why):
@@ -324,10 +330,9 @@ def _write_shards(index, arrays):
 def _files_of(index):
     """The files that an index names, if it is one."""
     try:
-        _of_index(index)
+        return _shards(index)[1].keys()
     except (ValueError, OSError):
-        return set()
-    return set(json.loads(index.read_bytes())["weight_map"].values())
+        return ()
 
 
 def _replace(path, write):

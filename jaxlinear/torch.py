@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlinear._arguments import ARRAYS
 from jaxlinear._state_dicts import tensors_of, write
 
 Rename = Callable[[str], str] | Mapping[str, str]
@@ -221,6 +222,7 @@ def _of_module(module):
     from flax import nnx
 
     import jaxlinear.nnx
+    from jaxlinear._kernels import axes_of
 
     def is_variable(node):
         return isinstance(node, nnx.Variable)
@@ -232,8 +234,7 @@ def _of_module(module):
             names.setdefault(id(node), []).append(_dotted(path))
     for _, layer in nnx.iter_modules(module):
         if isinstance(layer, jaxlinear.nnx.Linear):
-            sizes = layer.in_features, layer.out_features
-            ins, outs = (len(s) if isinstance(s, tuple) else 1 for s in sizes)
+            ins, outs = axes_of(layer.in_features, layer.out_features)
             out_axes[id(layer.weight)] = outs, ins
             out_axes[id(layer.bias)] = (outs,)
     return [
@@ -257,11 +258,10 @@ def _merged(shape, counts):
 
 
 def _of_tree(tree, argument):
-    arrays = jax.Array, np.ndarray, jax.ShapeDtypeStruct
     has_collections = isinstance(tree, Mapping) and "params" in tree
     found = []
     for place, (path, leaf) in enumerate(jax.tree.leaves_with_path(tree)):
-        if isinstance(leaf, arrays):
+        if isinstance(leaf, ARRAYS):
             # Neither a collection is a part of the name, nor a box around the array.
             path = path[1:] if has_collections else path
             if path and path[-1] == jax.tree_util.GetAttrKey("value"):

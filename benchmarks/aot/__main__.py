@@ -23,6 +23,7 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import results_file
 from benchmarks.aot import plots, targets
 from benchmarks.machine import git_state
 from benchmarks.progress import Cells
@@ -86,8 +87,7 @@ def run(all_cells, output, console):
             document["rows"] += rows
             if why:
                 document["failed"].append(cell | {"why": why})
-            path = output / "results.json"
-            path.write_text(json.dumps(document, indent=1) + "\n")
+            results_file.write(document, output / "results.json")
             progress.finish(name)
     return document
 

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import re
 
-from jaxlinear.inspect._hlo import bits
+from jaxlinear.inspect._hlo import bits, collective, is_product, received
 
 # ROOT %name = bf16[8,4]{1,0} dot(%a, %b), …
 _INSTRUCTION = re.compile(
@@ -20,11 +20,7 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*?\{\n(.*?)^\}", re.M | re.
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 _NO_KERNEL = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
 _NO_KERNEL |= {"after-all", "opt-barrier", "partition-id", "replica-id"}
-_COLLECTIVE = re.compile(
-    r"(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?"
-)
 _MOVES = {"convert": "converts", "copy": "copies", "transpose": "transposes"}
-_LIBRARY = re.compile(r'custom_call_target="[^"]*(?:gemm|matmul)', re.IGNORECASE)
 
 
 @dataclasses.dataclass
@@ -96,13 +92,15 @@ def _of(computations, name, partitions, channels):
             if "all-reduce-scatter" in called[0]:
                 inner = _scattered(inner, type_)
             total.add(inner, with_kernels=False)
-        elif collective := _COLLECTIVE.fullmatch(opcode):
+        elif kind := collective(opcode):
             channel = re.search(r"channel_id=(\d+)", attributes)
             if channel and channel[1] in channels:
                 continue
             channels.add(channel and channel[1])
-            _add_collective(total, collective[1], opcode, type_, partitions, attributes)
-        elif _is_product(opcode, attributes):
+            arrays = received(opcode, _ARRAY.findall(type_), len(read))
+            size = _group(partitions, attributes)
+            _add_received(total, kind, arrays, size)
+        elif is_product(opcode, attributes):
             total.flops += _flops(type_, read, attributes)
         elif opcode in _MOVES:
             total.moves[_MOVES[opcode]] += 1
@@ -158,11 +156,6 @@ def _found(pattern, text):
 # Products.
 
 
-def _is_product(opcode, attributes):
-    is_library = opcode == "custom-call" and _LIBRARY.search(attributes)
-    return opcode in ("dot", "convolution") or bool(is_library)
-
-
 def _flops(type_, read, attributes):
     """Two for each term of the sums that a product has."""
     left, right = (_shapes(operand)[0] for operand in read[:2])
@@ -212,36 +205,23 @@ def _shapes(type_):
 # Collectives.
 
 
-def _add_collective(total, kind, opcode, type_, partitions, attributes):
-    arrays = _ARRAY.findall(type_)
-    # An asynchronous start may return its operands first, or counters at the end.
-    # Whether that of an all-reduce does depends on the version of XLA.
-    if opcode in ("all-gather-start", "reduce-scatter-start") or type_[:2] == "((":
-        arrays = arrays[len(arrays) // 2 :]
-    elif opcode == "collective-permute-start":
-        arrays = arrays[1:2]
-    size = _group(partitions, attributes)
+def _add_received(total, kind, arrays, size):
+    """Add what each of ``size`` devices receives, and what it sends for it."""
     for dtype, shape in arrays:
-        _add_received(total, kind, dtype, _bytes(f"{dtype}[{shape}]"), size)
-
-
-def _add_received(total, kind, dtype, received, size):
-    total.collectives[kind, dtype] += received
-    # Each of the others' parts of what is gathered; as much of what is scattered, which
-    # is in `size` parts; both for what is reduced everywhere.
-    others = (size - 1) / size
-    sent = {"all-reduce": 2 * others, "reduce-scatter": size - 1}
-    total.wire += received * sent.get(kind, 1 if "permute" in kind else others)
+        found = _bytes(f"{dtype}[{shape}]")
+        total.collectives[kind, dtype] += found
+        # Each of the others' parts of what is gathered; as much of what is scattered,
+        # which is in `size` parts; both for what is reduced everywhere.
+        others = (size - 1) / size
+        sent = {"all-reduce": 2 * others, "reduce-scatter": size - 1}
+        total.wire += found * sent.get(kind, 1 if "permute" in kind else others)
 
 
 def _scattered(inner, type_):
     """A TPU's fusion of an all-reduce and a slice, which is a reduce-scatter."""
     reduced = Account(flops=inner.flops, moves=inner.moves)
-    whole = sum(inner.collectives.values())
-    for dtype, shape in _ARRAY.findall(type_):
-        received = _bytes(f"{dtype}[{shape}]")
-        size = whole // sum(map(_bytes, re.findall(r"\w+\[[\d,]*\]", type_)))
-        _add_received(reduced, "reduce-scatter", dtype, received, size)
+    size = sum(inner.collectives.values()) // _bytes(type_)
+    _add_received(reduced, "reduce-scatter", _ARRAY.findall(type_), size)
     return reduced
 
 

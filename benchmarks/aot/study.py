@@ -10,11 +10,11 @@ with fewer rows in a shard; and with q, k and v in one layer and in three. It wr
 """
 
 import itertools
-import json
 import pathlib
 
 from rich.console import Console
 
+from benchmarks import results_file
 from benchmarks.aot import plots
 from benchmarks.aot.__main__ import ROOT, run
 
@@ -55,6 +55,16 @@ def tokens(row):
     return row["sizes"]["rows"] // row["sizes"]["tensor"]
 
 
+def is_gpt(row):
+    return row["case"].startswith("gpt-")
+
+
+def full_rows(document, target):
+    """The rows of a target with all the tokens a chip, on any number of chips."""
+    rows = (row for row in document["rows"] if row["target"] == target)
+    return [row for row in rows if is_gpt(row) and tokens(row) == TOKENS]
+
+
 def markdown(rows, first, names):
     """A table with the columns ``first`` and memory, operations and bytes of each."""
     lines = [[*first, *names]]
@@ -87,23 +97,11 @@ FIGURES = {
 def tables(document):
     """The generated parts of the page, by name."""
     rows = document["rows"]
-    gpt = [row for row in rows if row["case"].startswith("gpt-")]
-    first = {"chips": lambda row: row["chips"]}
-    by_tokens = {"tokens a chip": tokens}
+    of_v5p = [r for r in rows if (r["target"], r["chips"]) == ("v5p", 1024)]
+    chips = {"chips": lambda row: row["chips"]}
     return {
-        **{
-            target: markdown(
-                [r for r in gpt if r["target"] == target and tokens(r) == TOKENS],
-                first,
-                FIGURES,
-            )
-            for target in TENSOR
-        },
-        "rows": markdown(
-            [r for r in gpt if r["chips"] == 1024 and r["target"] == "v5p"],
-            by_tokens,
-            FIGURES,
-        ),
+        **{t: markdown(full_rows(document, t), chips, FIGURES) for t in TENSOR},
+        "rows": markdown(of_v5p, {"tokens a chip": tokens}, FIGURES),
         "qkv": markdown(
             sorted(
                 (
@@ -116,9 +114,7 @@ def tables(document):
             {
                 "target": lambda row: row["target"],
                 "q, k and v": lambda row: (
-                    "in one layer"
-                    if row["case"].startswith("gpt-")
-                    else "in three layers"
+                    "in one layer" if is_gpt(row) else "in three layers"
                 ),
             },
             FIGURES,
@@ -144,16 +140,10 @@ def main():
         console.print(f"not compiled: {failed}", style="red", highlight=False)
     if document["failed"]:
         raise SystemExit(1)
-    RESULTS.write_text(json.dumps(document, indent=1) + "\n")
+    results_file.write(document, RESULTS)
     PAGE.write_text(written(PAGE.read_text(), tables(document)))
     for target in TENSOR:
-        rows = [
-            row
-            for row in document["rows"]
-            if row["target"] == target
-            and row["case"].startswith("gpt-")
-            and tokens(row) == TOKENS
-        ]
+        rows = full_rows(document, target)
         figure = plots.against_chips(rows, f"174 billion parameters on {target}")
         figure.savefig(PAGE.parent / f"scale-{target}.png", dpi=110)
 

@@ -24,25 +24,22 @@ def main(cell):
     cell = {"chips": 1, "layout": None, "axes": "auto"} | cell
     target, is_tpu = cell["target"], cell["target"] in targets.TPUS
     devices = targets.devices(target, cell["chips"])
-    if cell["layout"] is None:
+    is_sharded = cell["layout"] is not None
+    if not is_sharded:
         devices = devices[:1]
-    default = (
-        ["ours", "naive", "Flax"] if cell["layout"] is None else programs.CONTENDERS
-    )
+    default = programs.CONTENDERS if is_sharded else ["ours", "naive", "Flax"]
+    on_gpus = ["triton"] if is_sharded else BACKENDS
     for contender in cell.get("contenders", default):
-        if cell["layout"] is None:
-            step, arguments = programs.on_one(cell["case"], contender, devices[0])
-        else:
+        if is_sharded:
             sizes = programs.SIZES | cell.get("sizes", {})
             step, arguments = programs.sharded(
                 cell["case"], contender, devices, cell["layout"], cell["axes"], sizes
             )
+        else:
+            step, arguments = programs.on_one(cell["case"], contender, devices[0])
         platform = "tpu" if is_tpu else "cuda"
         lowered = step.trace(*arguments).lower(lowering_platforms=(platform,))
-        backends = (
-            ["tpu"] if is_tpu else BACKENDS if cell["layout"] is None else ["triton"]
-        )
-        for backend in backends:
+        for backend in ["tpu"] if is_tpu else on_gpus:
             begin = time.perf_counter()
             program = lowered.compile(compiler_options=BACKENDS.get(backend))
             seconds = time.perf_counter() - begin

@@ -29,8 +29,7 @@ class Instruction:
 
     @property
     def is_product(self):
-        is_library = self.opcode == "custom-call" and _LIBRARY.search(self.attributes)
-        return self.opcode in ("dot", "convolution") or bool(is_library)
+        return is_product(self.opcode, self.attributes)
 
     @property
     def runs_as(self):
@@ -49,23 +48,34 @@ class Instruction:
     @property
     def collective(self):
         """The kind of collective, or None. Of a start and a done, the start is one."""
-        found = _COLLECTIVE.fullmatch(self.opcode)
-        return found and found[1]
+        return collective(self.opcode)
 
     @property
     def received(self):
         """The arrays that a collective returns on each device."""
-        # An asynchronous start may return its operands first, or counters at the end.
-        # Whether that of an all-reduce does depends on the version of XLA.
-        has_operands = self.opcode in ("all-gather-start", "reduce-scatter-start") or (
-            self.opcode == "all-reduce-start"
-            and len(self.results) == 2 * len(self.operand_dtypes)
-        )
-        if has_operands:
-            return self.results[len(self.results) // 2 :]
-        if self.opcode == "collective-permute-start":
-            return self.results[1:2]
-        return self.results
+        return received(self.opcode, self.results, len(self.operand_dtypes))
+
+
+def is_product(opcode, attributes):
+    is_library = opcode == "custom-call" and _LIBRARY.search(attributes)
+    return opcode in ("dot", "convolution") or bool(is_library)
+
+
+def collective(opcode):
+    found = _COLLECTIVE.fullmatch(opcode)
+    return found and found[1]
+
+
+def received(opcode, results, operands):
+    """Of the results of a collective with so many operands, those that it received."""
+    # An asynchronous start may return its operands first, or counters at the end.
+    # Whether that of an all-reduce does depends on the version of XLA.
+    has_operands = opcode in ("all-gather-start", "reduce-scatter-start") or (
+        opcode == "all-reduce-start" and len(results) == 2 * operands
+    )
+    if has_operands:
+        return results[len(results) // 2 :]
+    return results[1:2] if opcode == "collective-permute-start" else results
 
 
 def instructions(text):

@@ -12,14 +12,14 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jax import lax
 
 from jaxlinear._arguments import (
-    as_tuple,
+    ARRAYS,
     check_model,
     check_optimizer,
     checked_products,
 )
 from jaxlinear._kernels import (
-    ARRAYS,
     Axes,
+    axes_of,
     kernel_of,
     weight_of,
     with_kernels,
@@ -193,8 +193,7 @@ def _plan(model, kinds, parameter, why_not):
         elif not isinstance(variable.get_value(), ARRAYS):
             left_alone[path] = f"its {parameter} is no array"
         else:
-            sizes = as_tuple(layer.in_features), as_tuple(layer.out_features)
-            layers[path] = layer, Axes(*map(len, sizes))
+            layers[path] = layer, axes_of(layer.in_features, layer.out_features)
     return _Plan(layers, dict(sorted(left_alone.items())))
 
 
@@ -251,21 +250,26 @@ def _moved_variables(plan, parameter, move):
     return variables
 
 
-def _ours(layer, weights):
-    dtype, products = _of_preferred(layer.dtype, layer.preferred_element_type)
-    ours = nnx.eval_shape(
-        lambda: Linear(
+def _without_values(kind: Any, layer, **options):
+    """A layer of this kind, with what ``layer`` says in the words of both."""
+    return nnx.eval_shape(
+        lambda: kind(
             layer.in_features,
             layer.out_features,
-            axis=getattr(layer, "axis", -1),
             use_bias=layer.use_bias,
-            dtype=dtype,
             param_dtype=layer.param_dtype,
             precision=layer.precision,
-            products=products,
             rngs=nnx.Rngs(0),
+            **options,
         )
     )
+
+
+def _ours(layer, weights):
+    dtype, products = _of_preferred(layer.dtype, layer.preferred_element_type)
+    axis = getattr(layer, "axis", -1)
+    options = {"axis": axis, "dtype": dtype, "products": products}
+    ours = _without_values(Linear, layer, **options)
     ours.weight, ours.bias = weights[id(layer.kernel)], layer.bias
     return ours
 
@@ -281,22 +285,10 @@ def _flax(layer, kernels):
     is_all = (full_dtype, products) == (layer.dtype, layer.products)
     if not is_all:
         dtype, preferred = layer.dtype, None
-    is_general = isinstance(layer.in_features, tuple) or layer.axis != -1
-    axis = {"axis": layer.axis} if is_general else {}
-    kind: Any = nnx.LinearGeneral if is_general else nnx.Linear
-    flax = nnx.eval_shape(
-        lambda: kind(
-            layer.in_features,
-            layer.out_features,
-            use_bias=layer.use_bias,
-            dtype=dtype,
-            param_dtype=layer.param_dtype,
-            precision=layer.precision,
-            preferred_element_type=preferred,
-            rngs=nnx.Rngs(0),
-            **axis,
-        )
-    )
+    kind, options = nnx.Linear, {"dtype": dtype, "preferred_element_type": preferred}
+    if isinstance(layer.in_features, tuple) or layer.axis != -1:
+        kind, options = nnx.LinearGeneral, options | {"axis": layer.axis}
+    flax = _without_values(kind, layer, **options)
     flax.kernel, flax.bias = kernels[id(layer.weight)], layer.bias
     return flax, is_all
 

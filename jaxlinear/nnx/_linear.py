@@ -26,7 +26,7 @@ from jaxlinear._arguments import (
     refuse_others,
 )
 from jaxlinear._axes import linear_over_axes
-from jaxlinear._kernels import Axes, weight_metadata
+from jaxlinear._kernels import axes_of, weight_metadata
 from jaxlinear._parameters import created_bias, created_weight
 from jaxlinear._product import Products
 
@@ -126,7 +126,7 @@ class Linear(nnx.Module):
         shapes = as_tuple(self.in_features), as_tuple(self.out_features)
         made = *shapes, self.param_dtype, sharding
         weight = created_weight(kernel_init, rngs.params(), *made)
-        metadata = weight_metadata(kernel_metadata, Axes(*map(len, shapes)))
+        metadata = weight_metadata(kernel_metadata, axes_of(*shapes))
         self.weight = nnx.Param(weight, **metadata)
         self.bias: nnx.Param[jax.Array] | None = nnx.data(None)
         if use_bias:
