@@ -1,6 +1,5 @@
 """The example over several processes, killed at any moment and started again."""
 
-import argparse
 import os
 import random
 import runpy
@@ -15,9 +14,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from oracle import relative_error, wide
+from oracle import wide
 
 ROOT = Path(__file__).parents[2]
+LAUNCHER = ROOT / "examples" / "launch.py"
 EXAMPLE = ROOT / "examples" / "train_distributed.py"
 KILLS = int(os.environ.get("KILLS", "1"))
 STEPS = 40
@@ -26,10 +26,14 @@ ENVIRONMENT.pop("XLA_FLAGS", None)  # One device in each process.
 
 
 def start(folder, processes, sharding):
-    command = [sys.executable, EXAMPLE, "--folder", folder, "--steps", str(STEPS)]
-    command += ["--processes", str(processes), "--sharding", sharding, "--every", "5"]
+    command = [sys.executable, LAUNCHER, str(processes), EXAMPLE]
     return subprocess.Popen(
-        command, env=ENVIRONMENT, stdout=-1, stderr=subprocess.STDOUT, text=True
+        [*command, "--steps", str(STEPS), "--sharding", sharding],
+        cwd=folder,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -43,7 +47,7 @@ def finish(folder, processes, sharding):
 def parameters(folder):
     """What the last checkpoint has, by path, as NumPy arrays."""
     checkpointer = ocp.PyTreeCheckpointer()
-    path = folder / str(STEPS) / "default"
+    path = folder / "train_distributed" / str(STEPS) / "default"
     saved = checkpointer.metadata(path).item_metadata.tree
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
     leaves = jax.tree.leaves_with_path(
@@ -99,21 +103,24 @@ def test_it_ends_as_it_would_have_whichever_process_is_killed(
 def test_another_number_of_processes_goes_on(undisturbed, sharding, tmp_path):
     run = start(tmp_path, 2, sharding)
     for line in run.stdout:
-        if line.startswith("step 15"):
+        if line.startswith("step 16"):
             break
     os.kill(ranks_of(run)[1], signal.SIGKILL)
     run.communicate(timeout=60)
     finish(tmp_path, 4, "fsdp" if sharding == "data" else "data")
     for name, array in parameters(tmp_path).items():
-        # Sums over devices in another order, through forty steps.
-        assert relative_error(array, wide(undisturbed[0][name])) < 1e-4
+        # Sums over devices in another order, through forty steps. The bias of keys is
+        # zero but for rounding: no softmax depends on it.
+        exact = wide(undisturbed[0][name])
+        error, size = np.linalg.norm(wide(array) - exact), np.linalg.norm(exact)
+        assert error < 1e-4 * size + 1e-6
 
 
 def test_it_listens_on_loopback_alone_unless_told_otherwise(monkeypatch):
-    program = runpy.run_path(str(EXAMPLE))
+    program = runpy.run_path(str(LAUNCHER))
     monkeypatch.setattr(socket, "gethostbyname", lambda name: "192.0.2.1")
-    options = argparse.Namespace(listen=False, processes=2)
+    monkeypatch.setattr(sys, "argv", ["launch.py", "2", str(EXAMPLE)])
     with pytest.raises(
         SystemExit, match=r"would listen at 192\.0\.2\.1: pass --listen"
     ):
-        program["launch"](options)
+        program["main"]()

@@ -1,0 +1,111 @@
+"""Each example, run as a user runs it: short, and it does what it says."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
+ENVIRONMENT.pop("XLA_FLAGS", None)  # A user has not the eight devices of these tests.
+EPS = float(np.finfo(np.float32).eps)
+
+
+def run(folder, name, *flags):
+    result = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *flags],
+        cwd=folder,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (result.returncode, result.stderr) == (0, ""), result.stdout
+    return result.stdout
+
+
+@pytest.mark.parametrize(
+    "path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name
+)
+def test_an_example_is_short_enough_to_copy(path):
+    assert len(path.read_text().splitlines()) < 100
+
+
+def test_linen_classifies_digits(tmp_path):
+    printed = run(tmp_path, "digits_linen.py")
+    assert float(re.search(r"accuracy: ([\d.]+)%", printed)[1]) > 96
+
+
+def test_gradients_of_the_three_layers_have_the_errors_that_are_claimed(tmp_path):
+    printed = run(tmp_path, "gradient_accuracy.py")
+    rows = re.findall(r"│ (\S[^│]*?) +│ (\S+) +│ (\S+) +│ (\S+) +│", printed)
+    assert [name for name, *_ in rows] == 2 * ["jaxlinear", "x @ W.T + b", "nnx.Linear"]
+    errors = [[float(error) for error in row] for _, *row in rows]
+    assert max(errors[0] + errors[3]) < 10 * EPS  # Ours, in either precision.
+    # In mixed precision Flax rounds that of the weight, and both that of the bias.
+    assert errors[5][1] > 2**-12
+    assert min(errors[4][2], errors[5][2]) > 2**-12
+    assert imread(tmp_path / "gradient_accuracy.png").shape[1] > 1000
+
+
+def test_adapters_learn_and_what_frozen_weights_would_need_is_not_kept(tmp_path):
+    printed = run(tmp_path, "finetune_lora.py")
+    before, after = re.search(
+        r"([\d.]+)% right before, ([\d.]+)% after", printed
+    ).groups()
+    assert float(before) < 20
+    assert float(after) > 80
+    (_, everything), (_, adapters) = [
+        [int(n.replace(",", "")) for n in found]
+        for found in re.findall(r"([\d,]+) parameters, ([\d,]+) bytes", printed)
+    ]
+    # Of the frozen layers the inputs, 1347 images of 512 values in bfloat16, without
+    # what the adapters keep instead.
+    assert everything - adapters == 2 * 1347 * 512 * 2 - (1347 * 8 + 512 * 8) * 2
+
+
+def test_layers_split_over_eight_devices_learn_what_one_device_does(tmp_path):
+    printed = run(tmp_path, "tensor_parallel.py")
+    held = dict(
+        re.findall(r"^(\w+\.\w+) .* each device holds (\(.*\))$", printed, re.M)
+    )
+    assert held == {
+        "column.weight": "(32, 64)",
+        "column.bias": "(32,)",
+        "row.weight": "(10, 32)",
+        "row.bias": "(10,)",
+    }
+    # The output of the row-parallel layer, ∇X of the column-parallel one, and for each
+    # parameter its gradient, of which a device has its own part: all in one table.
+    sent = 256 * 10 + 256 * 64 + 32 * 64 + 32 + 10 * 32 + 10
+    assert re.search(rf"\| all-reduce \| +float32 \| +6 \| +{4 * sent:,} \|", printed)
+    assert float(re.search(r"at most (\S+) from", printed)[1]) < 100 * EPS
+
+
+def test_losses_in_8_bits_are_those_in_bfloat16(tmp_path):
+    printed = run(tmp_path, "train_eight_bits.py", "--steps", "80")
+    found = re.findall(
+        r"^(\w+), seed (\d): loss (\S+), held-out loss (\S+)$", printed, re.M
+    )
+    losses = {(recipe, seed): (float(a), float(b)) for recipe, seed, a, b in found}
+    assert len(losses) == 9
+    for (recipe, seed), pair in losses.items():
+        reference = losses["bfloat16", seed]
+        assert max(pair) < 1  # Something was learnt: a guess costs ln 10 = 2.3.
+        if recipe != "bfloat16":
+            assert pair != reference  # 8 bits were used.
+            assert max(a - b for a, b in zip(pair, reference, strict=True)) < 0.02
+    assert imread(tmp_path / "eight-bits.png").shape[1] > 500
+
+
+def test_too_few_steps_are_refused(tmp_path):
+    command = [sys.executable, str(EXAMPLES / "train_eight_bits.py"), "--steps", "9"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "argument --steps: must be at least 10, got 9" in result.stderr
+    assert not any(tmp_path.iterdir())
