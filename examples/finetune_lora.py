@@ -31,8 +31,9 @@ class AdaptedLinear(nnx.Module):
 
     def __init__(self, layer: Linear, rngs: nnx.Rngs):
         self.layer = layer
-        A = 0.1 * rngs.params.normal((RANK, layer.in_features))
-        self.A, self.C = Adapter(A), Adapter(jnp.zeros((layer.out_features, RANK)))
+        out_features, in_features = layer.weight.shape
+        self.A = Adapter(0.1 * rngs.params.normal((RANK, in_features)))
+        self.C = Adapter(jnp.zeros((out_features, RANK)))
 
     def __call__(self, x):
         thin = jaxlinear.linear(x, self.A[...], dtype=jnp.bfloat16)

@@ -1,5 +1,6 @@
 """The linear layer for JAX, with a custom VJP: Y = X Wᵀ + B."""
 
+import typing as _typing
 from importlib import import_module as _import_module
 from importlib.metadata import version as _version
 
@@ -17,9 +18,14 @@ from jaxlinear.inspect import explain as explain
 
 __version__ = _version("jaxlinear")
 
+if _typing.TYPE_CHECKING:
+    from jaxlinear import linen as linen
+    from jaxlinear import nnx as nnx
+    from jaxlinear import torch as torch
+else:
 
-def __getattr__(name):
-    """What needs more than JAX, imported when it is used."""
-    if name in ("nnx", "linen", "torch"):
-        return _import_module(f"jaxlinear.{name}")
-    raise AttributeError(f"module 'jaxlinear' has no attribute {name!r}")
+    def __getattr__(name):
+        """What needs more than JAX, imported when it is used."""
+        if name in ("nnx", "linen", "torch"):
+            return _import_module(f"jaxlinear.{name}")
+        raise AttributeError(f"module 'jaxlinear' has no attribute {name!r}")

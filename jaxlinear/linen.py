@@ -11,9 +11,9 @@ from jax.typing import ArrayLike, DTypeLike
 
 try:
     from flax import linen as nn
-except ModuleNotFoundError as error:
-    message = "jaxlinear.linen needs Flax: pip install 'jaxlinear[flax]'"
-    raise ModuleNotFoundError(message, name=error.name) from error
+except ModuleNotFoundError as _error:
+    _message = "jaxlinear.linen needs Flax: pip install 'jaxlinear[flax]'"
+    raise ModuleNotFoundError(_message, name=_error.name) from _error
 
 from jaxlinear._arguments import (
     Placement,
@@ -106,7 +106,7 @@ class Linear(nn.Module):
     axis: int | Sequence[int] = -1
     batch_dims: Any = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         others = "promote_dtype", "dot_general", "dot_general_cls", "batch_dims"
         refuse_others({name: getattr(self, name) for name in others})
         # Kept as they were checked, a list as a tuple: modules have a hash.

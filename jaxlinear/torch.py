@@ -42,7 +42,7 @@ class LeftOut(NamedTuple):
     wrong_dtype: dict[str, str] = {}  # noqa: RUF012
     untied: dict[str, str] = {}  # noqa: RUF012
 
-    def __str__(self):
+    def __str__(self) -> str:
         parts = {
             "missing": self.missing,
             "unexpected": self.unexpected,
@@ -59,7 +59,7 @@ class LeftOut(NamedTuple):
 
 def load(
     target: Any,
-    source: str | os.PathLike | Mapping[str, Any],
+    source: str | os.PathLike[str] | Mapping[str, Any],
     *,
     strict: bool = True,
     rename: Rename | None = None,
@@ -135,7 +135,9 @@ def load(
     return left_out
 
 
-def save(source: Any, path: str | os.PathLike, *, rename: Rename | None = None) -> None:
+def save(
+    source: Any, path: str | os.PathLike[str], *, rename: Rename | None = None
+) -> None:
     """Write the parameters of a layer or a model to a file that PyTorch can load.
 
     The names are those of :func:`load`. A tied parameter is written under each of its

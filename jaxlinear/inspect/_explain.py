@@ -5,6 +5,8 @@ import dataclasses
 import math
 import re
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -119,7 +121,7 @@ def _text(value):
     return value
 
 
-def explain(function, /, *args, **kwargs) -> Explanation:
+def explain(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation:
     """Say what a call of ``function`` and its backward pass run on this device.
 
     The call, and the reverse-mode derivative of its floating results in its floating

@@ -2,9 +2,9 @@
 
 try:
     import flax.nnx as _flax  # noqa: F401
-except ModuleNotFoundError as error:
-    message = "jaxlinear.nnx needs Flax: pip install 'jaxlinear[flax]'"
-    raise ModuleNotFoundError(message, name=error.name) from error
+except ModuleNotFoundError as _error:
+    _message = "jaxlinear.nnx needs Flax: pip install 'jaxlinear[flax]'"
+    raise ModuleNotFoundError(_message, name=_error.name) from _error
 
 from jaxlinear._kernels import convert_tree as convert_tree
 from jaxlinear._kernels import revert_tree as revert_tree

@@ -44,7 +44,7 @@ class Report(NamedTuple):
     left_alone: dict[str, str]
     lost: dict[str, str]
 
-    def __str__(self):
+    def __str__(self) -> str:
         parts = {
             "converted": list(self.converted),
             "left alone": [f"{path}: {why}" for path, why in self.left_alone.items()],
@@ -62,7 +62,7 @@ class Report(NamedTuple):
         return "\n".join(lines) or "no linear layers"
 
 
-def convert(model: nnx.Module, optimizer: nnx.Optimizer | None = None) -> Report:
+def convert(model: nnx.Module, optimizer: nnx.Optimizer[Any] | None = None) -> Report:
     """Put our layer in the place of every linear layer of Flax in ``model``.
 
     It replaces each ``nnx.Linear`` and ``nnx.LinearGeneral``, the projections of
@@ -108,7 +108,7 @@ def convert(model: nnx.Module, optimizer: nnx.Optimizer | None = None) -> Report
     return _carried_out(model, optimizer, plan, made, with_weights)
 
 
-def revert(model: nnx.Module, optimizer: nnx.Optimizer | None = None) -> Report:
+def revert(model: nnx.Module, optimizer: nnx.Optimizer[Any] | None = None) -> Report:
     """Put Flax's layers back in the place of ours: the inverse of :func:`convert`.
 
     The parameters are equal to the bit to what they were. A layer of one input and one

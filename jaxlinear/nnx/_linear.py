@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -110,15 +111,19 @@ class Linear(nnx.Module):
         **others: Any,
     ):
         refuse_others(others)
-        self.in_features = checked_features("in_features", in_features)
-        self.out_features = checked_features("out_features", out_features)
-        self.axis = checked_axis(axis)
+        self.in_features: int | tuple[int, ...] = checked_features(
+            "in_features", in_features
+        )
+        self.out_features: int | tuple[int, ...] = checked_features(
+            "out_features", out_features
+        )
+        self.axis: int | tuple[int, ...] = checked_axis(axis)
         check_axis_matches(self.axis, self.in_features)
-        self.use_bias = use_bias
-        self.dtype = checked_optional_dtype("dtype", dtype)
-        self.param_dtype = checked_param_dtype(param_dtype)
-        self.precision = checked_precision("precision", precision)
-        self.products = checked_products(products, None, self.dtype)
+        self.use_bias: bool = use_bias
+        self.dtype: np.dtype[Any] | None = checked_optional_dtype("dtype", dtype)
+        self.param_dtype: np.dtype[Any] = checked_param_dtype(param_dtype)
+        self.precision: lax.PrecisionLike = checked_precision("precision", precision)
+        self.products: Products = checked_products(products, None, self.dtype)
         check_initializer("kernel_init", kernel_init)
         check_initializer("bias_init", bias_init)
         sharding = checked_sharding("device", device)
@@ -127,7 +132,7 @@ class Linear(nnx.Module):
         made = *shapes, self.param_dtype, sharding
         weight = created_weight(kernel_init, rngs.params(), *made)
         metadata = weight_metadata(kernel_metadata, axes_of(*shapes))
-        self.weight = nnx.Param(weight, **metadata)
+        self.weight: nnx.Param[jax.Array] = nnx.Param(weight, **metadata)
         self.bias: nnx.Param[jax.Array] | None = nnx.data(None)
         if use_bias:
             bias = created_bias(bias_init, rngs.params(), *made)
