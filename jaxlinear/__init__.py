@@ -17,6 +17,7 @@ from jaxlinear._product import Products as Products
 from jaxlinear.inspect import explain as explain
 
 __version__ = _version("jaxlinear")
+"""The version of the package that is installed."""
 
 if _typing.TYPE_CHECKING:
     from jaxlinear import linen as linen

@@ -3,7 +3,6 @@
 import doctest
 import importlib
 import importlib.metadata
-import json
 import pathlib
 import pkgutil
 import re
@@ -14,24 +13,35 @@ import jax
 import pytest
 
 import jaxlinear
-from benchmarks import readme
-from benchmarks.aot import study
+from benchmarks import pages
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT / "README.md"
 
 
+BLOCK = re.compile(
+    r'^```python(?: title="(.*?)")?\n(.*?)^```', re.DOTALL | re.MULTILINE
+)
+"""A block and its title: ``raises Error: message``, a file of ours, or none."""
+
+
 def blocks(text):
-    return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return BLOCK.findall(text)
 
 
+def sections(page):
+    """The blocks of each section, behind those that stand before the first section."""
+    first, *rest = re.split(r"^## ", page.read_text(), flags=re.MULTILINE)
+    return {
+        f"{page.stem}: {section.splitlines()[0]}": [*blocks(first), *blocks(section)]
+        for section in rest or [page.stem + first]
+        if blocks(section)
+    }
+
+
+PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "CONTRIBUTING.md"]
 BLOCKS = blocks(README.read_text())
-SECTIONS = {
-    f"{page.stem}: {section.splitlines()[0]}": blocks(section)
-    for page in sorted((ROOT / "docs").glob("*.md"))
-    for section in re.split(r"^## ", page.read_text(), flags=re.MULTILINE)
-    if blocks(section)
-}
+SECTIONS = {name: found for page in PAGES for name, found in sections(page).items()}
 MODULES = [m.name for m in pkgutil.walk_packages(jaxlinear.__path__, "jaxlinear.")]
 
 
@@ -42,31 +52,49 @@ def _ordinary_settings():
         yield
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=[b.splitlines()[0] for b in BLOCKS])
-def test_python_block_of_the_readme_runs(block):
-    exec(compile(block, str(README), "exec"), {})
+def lines_of(code):
+    """Its lines as they stand next to each other, whatever the indentation."""
+    return "\n".join(line.strip() for line in code.strip().splitlines())
+
+
+def run(title, code, names):
+    """Run a block, or compare it with the file that it is said to be from."""
+    if not title:
+        exec(compile(code, "documentation", "exec"), names)
+    elif title.startswith("raises "):
+        name, _, message = title.removeprefix("raises ").partition(": ")
+        with pytest.raises(Exception, match=re.escape(message) or None) as error:
+            exec(compile(code, "documentation", "exec"), names)
+        assert error.type.__name__ == name
+    else:
+        assert lines_of(code) in lines_of((ROOT / title).read_text())
+
+
+@pytest.mark.parametrize(
+    ("title", "code"), BLOCKS, ids=[code.splitlines()[0] for _, code in BLOCKS]
+)
+def test_python_block_of_the_readme_runs(title, code):
+    run(title, code, {})
 
 
 @pytest.mark.parametrize("section", SECTIONS.values(), ids=SECTIONS)
 def test_section_of_the_documentation_runs(section):
     """Its blocks in order. What is not installed here ends it; the deep tier has it."""
     names = {}
-    for block in section:
-        for module in re.findall(r"^(?:import|from) (\w+)", block, re.MULTILINE):
+    for title, code in section:
+        for module in re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE):
             pytest.importorskip(module)
-        exec(compile(block, "docs", "exec"), names)
+        run(title, code, names)
 
 
-def test_figures_in_the_readme_are_those_of_our_results(monkeypatch):
-    """`python -m benchmarks.readme` writes them; results may be older, and say so."""
-    monkeypatch.setattr(sys, "argv", ["readme", "--check"])
-    readme.main()
+def test_figures_of_readme_and_documentation_are_those_of_our_results(monkeypatch):
+    """`python -m benchmarks.pages` writes them; results may be older, and say so."""
+    monkeypatch.setattr(sys, "argv", ["pages", "--check"])
+    pages.main()
 
 
-def test_figures_on_the_page_about_scale_are_those_of_our_results():
-    """`python -m benchmarks.aot.study` writes them."""
-    page, document = study.PAGE.read_text(), json.loads(study.RESULTS.read_text())
-    assert study.written(page, study.tables(document)) == page
+def test_readme_is_read_in_a_few_minutes():
+    assert len(README.read_text().split()) <= 700
 
 
 @pytest.mark.parametrize("name", ["jaxlinear", *MODULES])
@@ -80,6 +108,7 @@ def test_public_functions_and_classes_have_examples():
     from jaxlinear import linen, nnx, torch
 
     functions = jaxlinear.linear, jaxlinear.plain_autodiff, jaxlinear.explain
+    functions += (jaxlinear.save_linear_outputs,)
     functions += nnx.convert, nnx.revert, nnx.convert_tree, nnx.revert_tree
     functions += torch.load, torch.save
     classes = jaxlinear.Products, nnx.Linear, linen.Linear

@@ -17,6 +17,7 @@ from rich.console import Console
 from benchmarks import results_file
 from benchmarks.aot import plots
 from benchmarks.aot.__main__ import ROOT, run
+from benchmarks.marked import written
 
 RESULTS = ROOT / "benchmarks" / "results" / "scale.json"
 PAGE = ROOT / "docs" / "scale.md"
@@ -120,16 +121,6 @@ def tables(document):
             FIGURES,
         ),
     }
-
-
-def written(page, parts):
-    """The page with each generated part between its marks."""
-    for name, text in parts.items():
-        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        before, _, rest = page.partition(begin)
-        after = rest.partition(end)[2]
-        page = f"{before}{begin}\n\n{text}\n\n{end}{after}"
-    return page
 
 
 def main():

@@ -13,13 +13,14 @@ import sys
 
 import jax
 
+from jaxlinear._cpu import NATIVE, bfloat16_form
 from jaxlinear.inspect._accuracy import FEATURES, ROWS, measured
 from jaxlinear.inspect._table import table
 
 
 def main():
     options = _options()
-    device = jax.devices()[0].device_kind
+    device = _device()
     measurements = list(measured())
     if options.json == "-":
         print(_as_json(measurements, device))
@@ -31,6 +32,15 @@ def main():
         _draw(measurements, device, options.png)
     ours = (m for m in measurements if m.layer == "jaxlinear")
     return int(not all(m.is_explained for m in ours))
+
+
+def _device():
+    """Its name, and that of a CPU with what decides about bfloat16 products."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return device.device_kind
+    has = "with" if bfloat16_form() == NATIVE else "without"
+    return f"CPU {has} bfloat16 instructions"
 
 
 def _options():
@@ -100,7 +110,7 @@ def _as_text(measurements, device):
         return f"{found.error:.1e}{' ' if found.is_explained else '!'}"
 
     lines = [
-        f"Relative errors against float64 on {device}, JAX {jax.__version__}"
+        f"Relative errors against float64, {device}, JAX {jax.__version__}"
         f" ({ROWS} rows, {FEATURES} features; mixed: float32 arguments, bfloat16"
         " compute; float8: FLOAT8, int8: INT8, of float32 arguments):",
         "",
@@ -162,6 +172,6 @@ def _draw(measurements, device, file):
             if (row, column) in cells:
                 error = f"{cells[row, column].error:.1e}"
                 axes.text(x, y, error, ha="center", va="center")
-    axes.set_title(f"Relative error against float64 on {device}")
+    axes.set_title(f"Relative error against float64, {device}")
     figure.colorbar(image, label="error / error that rounding explains")
     figure.savefig(file, dpi=150, bbox_inches="tight")

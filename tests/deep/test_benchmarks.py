@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import contenders, measure, readme, report, results_file
+from benchmarks import contenders, marked, measure, pages, report, results_file
 from benchmarks.machine import digest, processor
 from benchmarks.model import GPT, model_programs
 from benchmarks.rows import OURS, Row
@@ -128,13 +128,6 @@ def test_wrong_options_are_refused_before_anything_is_timed(
     assert not [*tmp_path.rglob("*.json")]
 
 
-def test_a_page_that_is_not_there_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["readme", "--readme", "no/such/page.md"])
-    with pytest.raises(SystemExit, match="2"):
-        readme.main()
-    assert "--readme: no/such/page.md: " in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -229,27 +222,29 @@ def test_a_processor_is_described(text, model, features, is_native, tmp_path):
     assert processor(tmp_path / "none")["features"] is None
 
 
-def run_readme(*arguments):
-    command = [sys.executable, "-m", "benchmarks.readme", *arguments]
-    return subprocess.run(
-        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
-    )
+def test_the_figures_of_a_page_are_written_and_checked(tmp_path, monkeypatch, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- speed: begin -->\nold\n<!-- speed: end -->\nafter\n")
+    monkeypatch.setattr(pages, "PAGES", [page])
 
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["pages", *arguments])
+        pages.main()
 
-def test_the_tables_of_the_readme_are_written_and_checked(tmp_path):
-    page = tmp_path / "README.md"
-    page.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
-    old = json.loads((ROOT / "benchmarks/results/native.json").read_text())
-    (tmp_path / "native.json").write_text(json.dumps(old | {"products": "others"}))
-    where = "--readme", str(page), "--results", str(tmp_path)
-    assert run_readme(*where, "--check").returncode == 1
-    assert run_readme(*where).returncode == 0
-    assert run_readme(*where, "--check").returncode == 0
+    with pytest.raises(SystemExit, match="1"):
+        run("--check")
+    assert "-old" in capsys.readouterr().out.splitlines()
+    run()
+    run("--check")
     text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
-    assert "older than the package's products" in text
     assert "| MLP, hidden layer (128 × 784 → 256) " in text
+
+
+def test_a_page_with_half_of_the_marks_is_refused():
+    with pytest.raises(ValueError, match=r"has not <!-- a: begin --> and <!-- a: end"):
+        marked.written("<!-- a: begin -->", {"a": "new"})
 
 
 def test_results_are_older_where_the_products_have_changed(tmp_path):
@@ -258,8 +253,8 @@ def test_results_are_older_where_the_products_have_changed(tmp_path):
     before = digest([file])
     file.write_text("b")
     document = {"device": "CPU", "versions": {"jax": "0"}, "date": "2026-01-01"}
-    fresh = readme.caption(document | {"products": before}, "with", before)
-    stale = readme.caption(document | {"products": before}, "with", digest([file]))
+    fresh = pages.caption(document | {"products": before}, "with", before)
+    stale = pages.caption(document | {"products": before}, "with", digest([file]))
     assert "older" not in fresh
     assert "older than the package's products" in stale
 
