@@ -178,8 +178,9 @@ def caption(document, having, products):
     at = f"commit {commit[:7]}{changed}" if commit else "commit not recorded"
     is_same = document.get("products") == products
     age = "" if is_same else "; **older than the package's products**"
+    cores = document["device"].removeprefix("CPU, ")
     return (
-        f"{machine(document, having)}, {document['device']}, JAX"
+        f"{machine(document, having)}, {cores}, JAX"
         f" {document['versions']['jax']}, {document['date'][:10]}, {at}{age}:"
     )
 

@@ -47,8 +47,8 @@ class Linear(nn.Module):
     ``weight`` (out, in) and ``bias`` (out,), where in is read from the input.
 
     With a tuple of features or of axes it is ``flax.linen.DenseGeneral``, as in the
-    projections of an attention: ``Linear((8, 8))`` maps (*, 64) to (*, 8, 8), and
-    ``Linear(64, axis=(-2, -1))`` back. The weight is (*features, *in), which is
+    projections of an attention: ``Linear((8, 8))`` maps ``(*, 64)`` to ``(*, 8, 8)``,
+    and ``Linear(64, axis=(-2, -1))`` back. The weight is (*features, *in), which is
     multiplied as the matrix that it is in memory.
 
     What looks for a parameter called ``kernel`` must be told of ``weight``:

@@ -44,7 +44,7 @@ class Linear(nnx.Module):
     optimizer.
 
     With a tuple of features it is ``flax.nnx.LinearGeneral``, as in the projections of
-    an attention: ``Linear(64, (8, 8), ...)`` maps (*, 64) to (*, 8, 8), and
+    an attention: ``Linear(64, (8, 8), ...)`` maps ``(*, 64)`` to ``(*, 8, 8)``, and
     ``Linear((8, 8), 64, axis=(-2, -1), ...)`` back. The weight is (*out_features,
     *in_features), which is multiplied as the matrix that it is in memory.
 
