@@ -4,9 +4,10 @@
 
 The results are in ``benchmarks/results``: of two kinds of CPU, with bfloat16
 instructions (``native.json``) and without (``plain.json``); the errors against float64
-(``accuracy.json``, which ``python -m jaxlinear --json`` writes); the programs of the
-scale study (``scale.json``); and ``tests/table``. Results that are older than the
-products of the package say so; ``--check`` fails if a figure is not that of a result.
+(``accuracy.json``, which ``python -m jaxlinear --json`` writes); and the programs of
+the scale study (``scale.json``). How many transformations fail is counted on the page
+of them. Results that are older than the products of the package say so; ``--check``
+fails if a figure is not that of a result.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from jaxlinear.inspect._table import table
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RESULTS = ROOT / "benchmarks" / "results"
-TRANSFORMATIONS = ROOT / "tests" / "table" / "jax-0.10.2.md"
+TRANSFORMATIONS = ROOT / "docs" / "transformations" / "jax-0.10.2.md"
 FILES = {"with": "native.json", "without": "plain.json"}
 """Whether the CPU has bfloat16 instructions."""
 
@@ -98,10 +99,11 @@ def headline(measured, timed):
     }
     time = geometric_mean(ratios(timed, *COLUMNS["Flax NNX, mixed"]))
     return (
-        "In mixed precision the error of its weight gradients is"
-        f" {error['jaxlinear']:.1e} where that of Flax's layer is {error['Flax']:.1e},"
-        f" at {time:.1f} times the speed (a training step, geometric mean of"
-        f" {len(workloads(steps(timed)))} layers on a {machine(timed, 'with')})."
+        "In mixed precision the relative error of a weight gradient is"
+        f" {error['jaxlinear']:.1e} where Flax's layer has {error['Flax']:.1e}, and a"
+        f" training step is {time:.1f} times as fast ({timed['cpu']['model']} with"
+        " bfloat16 instructions, geometric mean of"
+        f" {len(workloads(steps(timed)))} layers)."
     )
 
 

@@ -1,5 +1,9 @@
 """Training with our layer goes on from a checkpoint of Orbax's as if never stopped."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,23 +109,35 @@ def test_resumed_training_is_the_undisturbed_one_bit_for_bit(make, saved, checkp
         np.testing.assert_array_equal(a, b)
 
 
-# Orbax raises what fails, and its threads go on to complain of a loop that is closed.
-refused = pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning",
-    "ignore::pytest.PytestUnhandledThreadExceptionWarning",
-)
+def refusal(folder, make, hidden=32):
+    """What a program prints that restores a checkpoint, and fails.
+
+    A program of its own: after what fails, threads of Orbax go on to complain.
+    """
+    program = (
+        "import sys, orbax.checkpoint as ocp, test_checkpoints\n"
+        "_, folder, make, hidden = sys.argv\n"
+        "state, _ = getattr(test_checkpoints, make)(int(hidden))\n"
+        "ocp.StandardCheckpointer().restore(folder, state)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, folder, make.__name__, str(hidden)],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1
+    return result.stderr
 
 
-@refused
-def test_checkpoint_of_another_width_is_refused(make, saved, checkpointer):
-    with pytest.raises(ValueError, match="not compatible with the stored shape"):
-        checkpointer.restore(saved, make(hidden=16)[0])
+def test_checkpoint_of_another_width_is_refused(make, saved):
+    printed = refusal(saved, make, hidden=16)
+    assert "is not compatible with the stored shape" in printed
 
 
-@refused
-def test_damaged_checkpoint_is_refused(make, saved, checkpointer):
+def test_damaged_checkpoint_is_refused(make, saved):
     for file in saved.rglob("d/*"):
         content = file.read_bytes()
         file.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=r"DATA_LOSS|OUT_OF_RANGE"):
-        checkpointer.restore(saved, make()[0])
+    printed = refusal(saved, make)
+    assert "DATA_LOSS" in printed or "OUT_OF_RANGE" in printed

@@ -24,7 +24,7 @@ def copy(tmp_path):
     """What the site is made of, to be broken."""
     if not importlib.util.find_spec("mkdocstrings"):
         pytest.skip("mkdocs is not installed")
-    for name in "docs", "jaxlinear", "tests/table":
+    for name in "docs", "jaxlinear":
         shutil.copytree(ROOT / name, tmp_path / name)
     for name in "mkdocs.yml", "CHANGELOG.md":
         shutil.copy(ROOT / name, tmp_path / name)

@@ -7,7 +7,25 @@ import jax
 from table.layers import LAYERS
 from table.measure import TOPICS, rows_of
 
-PAGE = pathlib.Path(__file__).with_name(f"jax-{jax.__version__}.md")
+PAGES = pathlib.Path(__file__).parents[2] / "docs" / "transformations"
+PAGE = PAGES / f"jax-{jax.__version__}.md"
+
+HEAD = """\
+---
+title: Every transformation, JAX {jax}
+description: Transformations, solvers and kinds of sharding, each a test against float64, \
+for nine ways to write the layer.
+hide:
+  - toc
+---
+
+# Every transformation, JAX {jax}, Flax {flax}
+
+Wherever `x @ w.T + b` works, the layer works, with the same values. Each cell is a test. ✓: the values
+are right, against float64, or the costs no more than the naive formula's; ✗: what was raised, or by how
+much. Refused: a second derivative through what is kept in 8 bits. The plain `custom_vjp` is that of
+[the guide](../custom-derivative.md). `cd tests && python -m table` writes the page.
+"""  # noqa: E501
 
 
 def in_words(row):
@@ -20,12 +38,7 @@ def _line(*cells):
 
 def text(cells):
     """The page, of the cells of each row in the order of ``LAYERS``."""
-    page = f"# JAX {jax.__version__}, Flax {flax.__version__}\n\n"
-    page += (
-        "Written by `cd tests && python -m table`. ✓: the values are right, or costs"
-        " no more than\nthe naive formula's; ✗: what was raised, or by how much."
-        " Refused: a second derivative through\nwhat is kept in 8 bits.\n"
-    )
+    page = HEAD.format(jax=jax.__version__, flax=flax.__version__)
     for topic, module in TOPICS.items():
         page += f"\n## {topic}\n\n"
         page += _line("", *LAYERS) + _line("---", *("---" for _ in LAYERS))
