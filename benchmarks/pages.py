@@ -46,7 +46,7 @@ def main():
         "--check", action="store_true", help="exit with 1 if a page differs"
     )
     is_check = parser.parse_args().check
-    changes = list(changed_pages(PAGES, parts(RESULTS, digest(PRODUCT_FILES))))
+    changes = list(changed_pages(PAGES, parts()))
     for path, old, new in changes:
         if not is_check:
             path.write_text(new)
@@ -67,12 +67,12 @@ def changed_pages(pages, parts):
             yield path, old, new
 
 
-def parts(folder, products):
-    """The generated parts, by name, of the results in a folder."""
-    timed = {having: results_file.read(folder / name) for having, name in FILES.items()}
+def parts():
+    """The generated parts, by name."""
+    timed = {h: results_file.read(RESULTS / name) for h, name in FILES.items()}
     for having, document in timed.items():
         if not document.get("complete", True):
-            raise ValueError(f"{folder / FILES[having]}: of a run that was stopped")
+            raise ValueError(f"{FILES[having]}: of a run that was stopped")
     measured, scale = (
         json.loads((RESULTS / name).read_text())
         for name in ("accuracy.json", "scale.json")
@@ -82,7 +82,7 @@ def parts(folder, products):
         "means": means(timed),
         "transformations": transformations(TRANSFORMATIONS.read_text()),
         "accuracy": errors(measured),
-        "speed": speed(timed, products),
+        "speed": speed(timed, digest(PRODUCT_FILES)),
         **study.tables(scale),
     }
 
@@ -127,7 +127,9 @@ def transformations(page):
     rows = [row for row in rows if row[0] and row[0] != "---"]
     names = "`x @ w.T + b`", "plain `custom_vjp`", "`linear`"
     failed = [sum("✗" in row[header.index(name)] for row in rows) for name in names]
-    return table(["", *names], [[f"fails, of {len(rows)} transformations", *failed]])
+    return table(
+        ["", *names], [[f"{len(rows)} transformations: fails or costs more", *failed]]
+    )
 
 
 # The tables of the documentation.

@@ -17,8 +17,6 @@ from benchmarks import pages
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT / "README.md"
-
-
 BLOCK = re.compile(
     r'^```python(?: title="(.*?)")?\n(.*?)^```', re.DOTALL | re.MULTILINE
 )
@@ -33,9 +31,9 @@ def sections(page):
     """The blocks of each section, behind those that stand before the first section."""
     first, *rest = re.split(r"^## ", page.read_text(), flags=re.MULTILINE)
     return {
-        f"{page.stem}: {section.splitlines()[0]}": [*blocks(first), *blocks(section)]
-        for section in rest or [page.stem + first]
-        if blocks(section)
+        ": ".join([page.stem, *section.splitlines()[:1]]): blocks(first + section)
+        for section in rest or [""]
+        if blocks(first + section)
     }
 
 
@@ -85,6 +83,12 @@ def test_section_of_the_documentation_runs(section):
         for module in re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE):
             pytest.importorskip(module)
         run(title, code, names)
+
+
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.stem)
+def test_no_block_of_python_is_left_out(page):
+    text = page.read_text()
+    assert len(re.findall(r"^ *```py", text, re.MULTILINE)) == len(blocks(text))
 
 
 def test_figures_of_readme_and_documentation_are_those_of_our_results(monkeypatch):
