@@ -11,10 +11,13 @@ import numpy as np
 
 from jaxlinear._arguments import checked_products
 from jaxlinear._linear import linear
-from jaxlinear._product import FLOAT8, INT8, accumulator
+from jaxlinear._product import FLOAT8, INT8, Product, Products, accumulator
 
 ROWS = FEATURES = 512
 QUANTITIES = "Y", "∇X", "∇W", "∇B"
+_BFLOAT16 = Product("bfloat16")
+_BACKWARD_BFLOAT16 = Products(input_grad=_BFLOAT16, weight_grad=_BFLOAT16)
+_SENT_IN_BFLOAT16 = Products(weight_grad=Product(preferred_element_type="bfloat16"))
 # name: dtype of the arguments, dtype of the computation
 DTYPES = {
     "float16": ("float16", "float16"),
@@ -22,8 +25,13 @@ DTYPES = {
     "float32": ("float32", "float32"),
     "mixed": ("float32", "bfloat16"),
 }
-EIGHT_BITS = {"float8": FLOAT8, "int8": INT8}
-"""The recipes, of float32 arguments, which no layer but ours has."""
+RECIPES = {
+    "float16, gradients bfloat16": ("float16", "float16", _BACKWARD_BFLOAT16),
+    "mixed, ∇W sent in bfloat16": ("float32", "bfloat16", _SENT_IN_BFLOAT16),
+    "float8": ("float32", "float32", FLOAT8),
+    "int8": ("float32", "float32", INT8),
+}
+"""The same two dtypes, and products, which no layer but ours has."""
 PRECISIONS = None, "highest"
 
 
@@ -77,21 +85,21 @@ def measured():
     """Yield the measurements, those of one dtype together."""
     for name, dtypes in DTYPES.items():
         yield from _measured(name, *dtypes, _layers())
-    for name, products in EIGHT_BITS.items():
-        ours = functools.partial(_ours, products=products)
-        yield from _measured(name, "float32", "float32", {"jaxlinear": ours}, products)
+    for name, (*dtypes, products) in RECIPES.items():
+        layers = {"jaxlinear": functools.partial(_ours, products=products)}
+        yield from _measured(name, *dtypes, layers, products)
 
 
 def _measured(name, argument_dtype, dtype, layers, products=None):
     arrays = _arguments(argument_dtype, dtype)
     expected = _expected(arrays, dtype)
-    of_operands = _of_operands(arrays, products)
+    of_products = _of_products(arrays, expected, products)
     for precision in PRECISIONS:
         for layer, function in layers.items():
             with jax.default_matmul_precision(precision):
                 results = _forward_and_backward(function, dtype)(*arrays)
             for quantity, actual, (exact, magnitude, terms), rounding in zip(
-                QUANTITIES, results, expected, of_operands, strict=True
+                QUANTITIES, results, expected, of_products, strict=True
             ):
                 yield Measurement(
                     name,
@@ -154,31 +162,45 @@ def _explained(dtype, exact, magnitude, terms):
     return rounding + accumulating * _norm(magnitude) / _norm(exact)
 
 
-def _of_operands(arrays, products):
-    """The error of Y, ∇X, ∇W and ∇B from 8-bit operands, in the Frobenius norm.
+def _of_products(arrays, expected, products):
+    """The error of Y, ∇X, ∇W and ∇B that products ask for, in the Frobenius norm.
 
-    The errors of different elements are independent, so the variance of a sum of
-    products is the sum of theirs. A tenth more is for chance.
+    It is that of rounding the operands, and of rounding the result where it leaves the
+    accumulator. The errors of different elements are independent, so the variance of a
+    sum of products is the sum of theirs. A tenth more is for chance.
     """
     if products is None:
         return [0.0] * 4
     X, W, _, G = (np.asarray(a, np.float64) for a in arrays)
     pairs = (X, W.T), (G, W), (G.T, X)
 
-    def of(product, a, b):
-        is_per_row = product.scaling == "per_row"
-        first, second = (
-            _variance(operand, dtype, axis if is_per_row else None)
-            for operand, dtype, axis in zip((a, b), product.dtype, (1, 0), strict=True)
-        )
-        return 1.1 * math.sqrt(np.sum(first @ b**2 + (a**2 + first) @ second))
+    def of(product, a, b, exact):
+        variance = 0.0
+        if product.dtype is not None:
+            is_per_row, dtypes = product.scaling == "per_row", product.dtype
+            dtypes = dtypes if product.is_scaled else (dtypes, dtypes)
+            first, second = (
+                _variance(operand, dtype, axis if is_per_row else None)
+                for operand, dtype, axis in zip((a, b), dtypes, (1, 0), strict=True)
+            )
+            variance += np.sum(first @ b**2 + (a**2 + first) @ second)
+        if product.preferred_element_type is not None:
+            variance += np.sum(_variance(exact, product.preferred_element_type))
+        return 1.1 * math.sqrt(variance)
 
     products = checked_products(products, None)
-    return [of(p, *pair) for p, pair in zip(products, pairs, strict=True)] + [0.0]
+    results = (exact for exact, *_ in expected)
+    return [
+        *(
+            of(p, *pair, y)
+            for p, pair, y in zip(products, pairs, results, strict=False)
+        ),
+        0.0,
+    ]
 
 
-def _variance(operand, dtype, contracted_axis):
-    """That of rounding each element evenly, to a step of int8 or of its float8."""
+def _variance(operand, dtype, contracted_axis=None):
+    """That of rounding each element evenly, to a step of int8 or of its float."""
     largest = np.max(np.abs(operand), contracted_axis, keepdims=True)
     if dtype == "int8":
         return np.broadcast_to((largest / 127) ** 2 / 12, operand.shape)

@@ -14,8 +14,8 @@ from jaxlinear.inspect import _accuracy
 from jaxlinear.inspect import _command as command
 from jaxlinear.inspect._accuracy import (
     DTYPES,
-    EIGHT_BITS,
     QUANTITIES,
+    RECIPES,
     Measurement,
     measured,
 )
@@ -37,7 +37,7 @@ def test_every_dtype_quantity_layer_and_precision_is_measured(measurements):
         for quantity in QUANTITIES
     ] + [
         (recipe, quantity, "jaxlinear", precision)
-        for recipe in EIGHT_BITS
+        for recipe in RECIPES
         for precision in ("default", "highest")
         for quantity in QUANTITIES
     ]
@@ -51,7 +51,7 @@ def test_on_cpu_rounding_explains_every_error_of_ours(measurements):
     assert all(1e-9 < m.error < largest.get(m.dtype, 3e-3) for m in ours)
 
 
-@pytest.mark.parametrize("name", EIGHT_BITS)
+@pytest.mark.parametrize("name", ["float8", "int8"])
 def test_products_of_worse_operands_are_not_explained(name, monkeypatch):
     per_tensor = [p._replace(scaling="per_tensor") for p in jaxlinear.INT8]
     of_e5m2 = [jaxlinear.FLOAT8.input_grad] * 2 + [jaxlinear.FLOAT8.weight_grad]
@@ -62,8 +62,18 @@ def test_products_of_worse_operands_are_not_explained(name, monkeypatch):
 
     monkeypatch.setattr(_accuracy, "linear", linear)
     monkeypatch.setattr(_accuracy, "DTYPES", {})
-    monkeypatch.setattr(_accuracy, "EIGHT_BITS", {name: EIGHT_BITS[name]})
+    monkeypatch.setattr(_accuracy, "RECIPES", {name: RECIPES[name]})
     assert not all(m.is_explained for m in measured())
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_a_recipe_loses_is_not_explained_without_it(name, monkeypatch):
+    """The bound is no wider than it must be: without products it is exceeded."""
+    recipe = {name: RECIPES[name]}
+    monkeypatch.setattr(_accuracy, "DTYPES", {})
+    monkeypatch.setattr(_accuracy, "RECIPES", recipe)
+    monkeypatch.setattr(_accuracy, "_of_products", lambda *arguments: [0.0] * 4)
+    assert "∇W" in {m.quantity for m in measured() if not m.is_explained}
 
 
 @pytest.mark.parametrize(
@@ -93,7 +103,7 @@ def test_an_operand_with_the_bits_of_tensorfloat32_would_be_seen(layer, monkeypa
     layers = {layer: rounded(_accuracy._layers()[layer])}
     monkeypatch.setattr(_accuracy, "_layers", lambda: layers)
     monkeypatch.setattr(_accuracy, "DTYPES", {"float32": DTYPES["float32"]})
-    monkeypatch.setattr(_accuracy, "EIGHT_BITS", {})
+    monkeypatch.setattr(_accuracy, "RECIPES", {})
     unexplained = {m.quantity for m in measured() if not m.is_explained}
     assert unexplained == {"Y", "∇X", "∇W"}
 
