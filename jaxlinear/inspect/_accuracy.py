@@ -85,9 +85,9 @@ def measured():
     """Yield the measurements, those of one dtype together."""
     for name, dtypes in DTYPES.items():
         yield from _measured(name, *dtypes, _layers())
-    for name, (*dtypes, products) in RECIPES.items():
+    for name, (argument_dtype, dtype, products) in RECIPES.items():
         layers = {"jaxlinear": functools.partial(_ours, products=products)}
-        yield from _measured(name, *dtypes, layers, products)
+        yield from _measured(name, argument_dtype, dtype, layers, products)
 
 
 def _measured(name, argument_dtype, dtype, layers, products=None):
