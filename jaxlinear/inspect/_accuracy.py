@@ -40,7 +40,7 @@ class Measurement:
     """The relative error of one quantity, in the Frobenius norm, against float64.
 
     ``explained`` is the error that rounding to the dtype of the result and accumulating
-    in float32 at least explain; in 8 bits that of rounding the operands, too.
+    in float32 at least explain, and the roundings that products ask for.
     """
 
     dtype: str
