@@ -11,6 +11,7 @@ fails if a figure is not that of a result.
 """
 
 import argparse
+import collections
 import difflib
 import json
 
@@ -19,7 +20,7 @@ from benchmarks.aot import study
 from benchmarks.machine import PRODUCT_FILES, ROOT, digest
 from benchmarks.marked import written
 from benchmarks.model import GPT_STEP
-from benchmarks.report import geometric_mean
+from benchmarks.report import geometric_mean, megabytes
 from benchmarks.rows import rows_of
 from jaxlinear.inspect._table import table
 
@@ -97,13 +98,14 @@ def headline(measured, timed):
         for m in with_default_precision(measured)
         if (m["dtype"], m["quantity"]) == ("mixed", "∇W")
     }
-    time = geometric_mean(ratios(timed, *COLUMNS["Flax NNX, mixed"]))
+    found = ratios(timed)[COLUMNS["Flax NNX, mixed"]]
     return (
         "In mixed precision the relative error of a weight gradient is"
         f" {error['jaxlinear']:.1e} where Flax's layer has {error['Flax']:.1e}, and a"
-        f" training step is {time:.1f} times as fast ({timed['cpu']['model']} with"
+        f" training step is {geometric_mean([*found.values()]):.1f} times as fast"
+        f" ({timed['cpu']['model']} with"
         " bfloat16 instructions, geometric mean of"
-        f" {len(workloads(steps(timed)))} layers)."
+        f" {len(found)} layers)."
     )
 
 
@@ -112,8 +114,9 @@ def means(timed):
     chosen = "naive, float32", "naive, mixed", "Flax NNX, mixed", "PyTorch, bfloat16"
     lines = []
     for having, document in timed.items():
-        columns = [ratios(document, *COLUMNS[name]) for name in chosen]
-        lines.append([machine(document, having), *map(mean, columns)])
+        found = ratios(document)
+        columns = (mean(found[COLUMNS[name]]) for name in chosen)
+        lines.append([machine(document, having), *columns])
     return table(["time of the other / ours", *chosen], lines)
 
 
@@ -195,32 +198,32 @@ def steps(document):
     return [r for r in rows if not r.workload.startswith(("growth ", GPT_STEP.name))]
 
 
-def workloads(rows):
-    return list({row.workload: row for row in rows}.values())
-
-
-def ratios(document, library, dtype):
-    return [
-        r.ratio for r in steps(document) if (r.library, r.dtype) == (library, dtype)
-    ]
+def ratios(document):
+    """The time of each library and dtype over ours, by workload."""
+    found = collections.defaultdict(dict)
+    for row in steps(document):
+        found[row.library, row.dtype][row.workload] = row.ratio
+    return found
 
 
 def mean(ratios):
-    return f"{geometric_mean(ratios):.2f}" if ratios else ""
+    return f"{geometric_mean([*ratios.values()]):.2f}" if ratios else ""
 
 
 def layers(document):
     """The time of each column over ours, for a whole step of each layer."""
-    found = {(r.workload, r.library, r.dtype): r.ratio for r in steps(document)}
+    found = ratios(document)
+    columns = [found[column] for column in COLUMNS.values()]
     lines = []
-    for row in workloads(steps(document)):
+    for row in {row.workload: row for row in steps(document)}.values():
         shape = f"{row.rows} × {row.in_features} → {row.out_features}"
-        own = (found.get((row.workload, *column)) for column in COLUMNS.values())
-        cells = ("" if ratio is None else f"{ratio:.2f}" for ratio in own)
+        cells = (
+            f"{column[row.workload]:.2f}" if row.workload in column else ""
+            for column in columns
+        )
         lines.append([f"{row.workload} ({shape})", *cells])
-    means = (mean(ratios(document, *column)) for column in COLUMNS.values())
     heading = ["workload (rows × in → out)", *COLUMNS]
-    return table(heading, [*lines, ["geometric mean", *means]])
+    return table(heading, [*lines, ["geometric mean", *map(mean, columns)]])
 
 
 def model(document):
@@ -235,8 +238,8 @@ def model(document):
             f"{row.median_s * 1e3:.0f}",
             f"{row.ratio:.2f}",
             f"{row.compile_s:.1f}",
-            f"{row.peak_bytes / 1e6:.0f}" if row.peak_bytes else "",
-            f"{row.temporary_bytes / 1e6:.0f}" if row.temporary_bytes else "",
+            megabytes(row.peak_bytes, 0),
+            megabytes(row.temporary_bytes, 0),
         ]
         for row in rows
     ]

@@ -41,9 +41,9 @@ def _own_table(title, rows):
                 f"{row.share_of_limit:.0%}",
                 f"{row.flops_per_s / 1e9:.0f}",
                 f"{row.bytes_per_s / 1e9:.1f}",
-                f"{row.peak_bytes / 1e6:.1f}" if row.peak_bytes else "",
-                f"{row.temporary_bytes / 1e6:.1f}" if row.temporary_bytes else "",
-                f"{row.kept_bytes / 1e6:.1f}" if row.kept_bytes else "",
+                megabytes(row.peak_bytes, 1),
+                megabytes(row.temporary_bytes, 1),
+                megabytes(row.kept_bytes, 1),
                 f"{row.compile_s * 1e3:.0f}",
             )
     return table
@@ -74,6 +74,11 @@ def _ratio(ratio):
         return ""
     style = "red" if ratio < 0.97 else "green" if ratio > 1.03 else "default"
     return f"[{style}]{ratio:.2f}[/]"
+
+
+def megabytes(size, digits):
+    """Nothing where nothing was measured."""
+    return f"{size / 1e6:.{digits}f}" if size else ""
 
 
 def geometric_mean(ratios):

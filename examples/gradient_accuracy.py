@@ -52,9 +52,8 @@ def exact_gradients(X, W, G):
 
 
 def relative_error(found, exact):
-    return float(np.linalg.norm(np.asarray(found, np.float64) - exact)) / float(
-        np.linalg.norm(exact)
-    )
+    error = np.asarray(found, np.float64) - exact
+    return float(np.linalg.norm(error) / np.linalg.norm(exact))
 
 
 def main():

@@ -18,6 +18,7 @@ from benchmarks import results_file
 from benchmarks.aot import plots
 from benchmarks.aot.__main__ import ROOT, run
 from benchmarks.marked import written
+from jaxlinear.inspect._table import table
 
 RESULTS = ROOT / "benchmarks" / "results" / "scale.json"
 PAGE = ROOT / "docs" / "scale.md"
@@ -68,14 +69,12 @@ def full_rows(document, target):
 
 def markdown(rows, first, names):
     """A table with the columns ``first`` and memory, operations and bytes of each."""
-    lines = [[*first, *names]]
+    lines = []
     groups = itertools.groupby(rows, key=lambda row: [f(row) for f in first.values()])
     for key, group in groups:
         found = {row["contender"]: row for row in group}
         lines.append([*map(str, key), *(figure(found) for figure in names.values())])
-    head, *body = lines
-    rule = ["---"] * len(first) + ["---:"] * len(names)
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *body))
+    return table([*first, *names], lines)
 
 
 def of_each(name, unit, digits):

@@ -1,32 +1,13 @@
 """Each example, run as a user runs it: short, and it does what it says."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from example import EXAMPLES, printed_by, run
 from matplotlib.image import imread
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
-ENVIRONMENT.pop("XLA_FLAGS", None)  # A user has not the eight devices of these tests.
 EPS = float(np.finfo(np.float32).eps)
-
-
-def run(folder, name, *flags):
-    result = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *flags],
-        cwd=folder,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert (result.returncode, result.stderr) == (0, ""), result.stdout
-    return result.stdout
 
 
 @pytest.mark.parametrize(
@@ -37,12 +18,12 @@ def test_an_example_is_short_enough_to_copy(path):
 
 
 def test_linen_classifies_digits(tmp_path):
-    printed = run(tmp_path, "digits_linen.py")
+    printed = printed_by(tmp_path, "digits_linen.py")
     assert float(re.search(r"accuracy: ([\d.]+)%", printed)[1]) > 96
 
 
 def test_gradients_of_the_three_layers_have_the_errors_that_are_claimed(tmp_path):
-    printed = run(tmp_path, "gradient_accuracy.py")
+    printed = printed_by(tmp_path, "gradient_accuracy.py")
     rows = re.findall(r"│ (\S[^│]*?) +│ (\S+) +│ (\S+) +│ (\S+) +│", printed)
     assert [name for name, *_ in rows] == 2 * ["jaxlinear", "x @ W.T + b", "nnx.Linear"]
     errors = [[float(error) for error in row] for _, *row in rows]
@@ -54,7 +35,7 @@ def test_gradients_of_the_three_layers_have_the_errors_that_are_claimed(tmp_path
 
 
 def test_adapters_learn_and_what_frozen_weights_would_need_is_not_kept(tmp_path):
-    printed = run(tmp_path, "finetune_lora.py")
+    printed = printed_by(tmp_path, "finetune_lora.py")
     before, after = re.search(
         r"([\d.]+)% right before, ([\d.]+)% after", printed
     ).groups()
@@ -70,7 +51,7 @@ def test_adapters_learn_and_what_frozen_weights_would_need_is_not_kept(tmp_path)
 
 
 def test_layers_split_over_eight_devices_learn_what_one_device_does(tmp_path):
-    printed = run(tmp_path, "tensor_parallel.py")
+    printed = printed_by(tmp_path, "tensor_parallel.py")
     held = dict(
         re.findall(r"^(\w+\.\w+) .* each device holds (\(.*\))$", printed, re.M)
     )
@@ -88,7 +69,7 @@ def test_layers_split_over_eight_devices_learn_what_one_device_does(tmp_path):
 
 
 def test_losses_in_8_bits_are_those_in_bfloat16(tmp_path):
-    printed = run(tmp_path, "train_eight_bits.py", "--steps", "80")
+    printed = printed_by(tmp_path, "train_eight_bits.py", "--steps", "80")
     found = re.findall(
         r"^(\w+), seed (\d): loss (\S+), held-out loss (\S+)$", printed, re.M
     )
@@ -104,8 +85,7 @@ def test_losses_in_8_bits_are_those_in_bfloat16(tmp_path):
 
 
 def test_too_few_steps_are_refused(tmp_path):
-    command = [sys.executable, str(EXAMPLES / "train_eight_bits.py"), "--steps", "9"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    result = run(tmp_path, "train_eight_bits.py", "--steps", "9")
     assert result.returncode == 2
     assert "argument --steps: must be at least 10, got 9" in result.stderr
     assert not any(tmp_path.iterdir())
