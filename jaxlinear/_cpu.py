@@ -7,19 +7,19 @@ tests/test_random_programs.py that none of them fails. In float32 no form was fo
 is faster than the plain one at every shape; at one row there is one that is more
 accurate.
 
-The form is chosen when a program is traced. An exported program keeps that of the
-machine on which it was exported: it runs everywhere, with the same values.
+The form is chosen when a program is lowered for a CPU. An exported program keeps that
+of the machine on which it was exported: it runs everywhere, with the same values.
 """
 
 import functools
+import math
 import re
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import export, lax
-from jax.custom_batching import custom_vmap
 from jax.experimental import serialize_executable
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
@@ -32,7 +32,11 @@ _ALGORITHMS = {
     lax.DotAlgorithmPreset.F16_F16_F16: "float16",
 }
 
-NATIVE, SHARED, WIDENED = "native", "shared", "widened"
+# Numbers of rows, from ``python -m benchmarks --device cpu``: up to the first a cast of
+# the weight costs more than the product, up to the second one of G and X costs less.
+_FEW, _SHORT = 64, 512
+
+NATIVE, SHARED, READ, WIDENED = "native", "shared", "read", "widened"
 
 REASONS = {
     NATIVE: (
@@ -42,136 +46,228 @@ REASONS = {
     SHARED: (
         "bfloat16 operands are multiplied as they are, because there are several CPU"
         " devices: an operand that is cast is gathered for each product again. This CPU"
-        " has no bfloat16 instructions: on one device they are multiplied in float32."
+        " has no bfloat16 instructions."
+    ),
+    READ: (
+        "bfloat16 operands are multiplied as they are, because this XLA makes no"
+        " float32 copy of them; in float32 for the weight gradient of up to"
+        f" {_SHORT} rows, where the copies are small. This CPU has no bfloat16"
+        " instructions."
     ),
     WIDENED: (
         "bfloat16 operands are multiplied in float32, because this CPU has no bfloat16"
-        " instructions."
+        f" instructions; as they are where up to {_FEW} rows meet a weight, whose"
+        " float32 copy would cost more than the product."
     ),
 }
 
 
-@functools.cache
 def bfloat16_form():
-    """How bfloat16 operands are multiplied in this process: a key of ``REASONS``."""
+    """How bfloat16 operands are multiplied on CPUs here: a key of ``REASONS``."""
     if _has_bfloat16_instructions():
         return NATIVE
-    return WIDENED if has_one_device() else SHARED
+    if not has_one_device():
+        return SHARED
+    return READ if _reads_bfloat16() else WIDENED
 
 
 def has_one_device():
     """Whether no program is split over CPUs, of this process or of others."""
-    return jax.device_count("cpu") == 1
+    return not _has_backend() or jax.device_count("cpu") == 1
 
 
+def _has_backend():
+    """Whether there is a CPU to run on, or only programs that are exported for one."""
+    try:
+        return bool(jax.local_devices(backend="cpu"))
+    except RuntimeError:  # `JAX_PLATFORMS` names others.
+        return False
+
+
+@functools.cache
 def _has_bfloat16_instructions():
     """Whether XLA compiles for a CPU with AVX-512 BF16 or AMX: False if it can't say.
 
     XLA stores the features of its target machine, which ``XLA_FLAGS`` may restrict,
     with every compiled program.
     """
-    cpu = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    scalar = jax.ShapeDtypeStruct((), "float32", sharding=cpu)
-    # In a thread of its own, where no mesh is set: the caller's may have other devices.
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        compiled = thread.submit(
-            lambda: jax.jit(lambda x: x).lower(scalar).compile()
-        ).result()
+    if not _has_backend():
+        return False
     try:
-        program, *_ = serialize_executable.serialize(compiled)
+        program, *_ = serialize_executable.serialize(_compiled(lambda x: x, (), 1))
     except (RuntimeError, ValueError):
         return False
     return re.search(rb"\+(avx512bf16|amx-bf16)\b", program) is not None
 
 
-def cpu_form(a, b, contracted_axes, product, sharding):
-    """A function of ``a`` and ``b`` that multiplies them on a CPU, or None.
+@functools.cache
+def _reads_bfloat16():
+    """Whether XLA multiplies bfloat16 operands without a copy of them in float32.
 
-    It returns what ``lax.dot_general`` does, in the dtype of the accumulator. None is
-    ``lax.dot_general`` itself.
+    Where the result is bfloat16, too, XLA 0.12 does on every CPU, 0.10 on none.
+    """
+
+    def product(a, b):
+        axes = ((1,), (1,)), ((), ())
+        return lax.dot_general(a, b, axes, preferred_element_type=a.dtype)
+
+    if not _has_backend():
+        return False
+    compiled = _compiled(product, (64, 64), 2)
+    return compiled.memory_analysis().temp_size_in_bytes == 0
+
+
+def _compiled(function, shape, count):
+    """``function`` of ``count`` bfloat16 arrays, compiled for one CPU."""
+    cpu = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    array = jax.ShapeDtypeStruct(shape, "bfloat16", sharding=cpu)
+    lowered = jax.jit(function).lower
+    # In a thread of its own, where no mesh is set: the caller's may have other devices.
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(lambda: lowered(*[array] * count).compile()).result()
+
+
+def has_own_form(a, b, contracted_axes, precision, sharding):
+    """Whether CPUs multiply the operands otherwise than ``lax.dot_general`` does.
+
+    No backend is asked: programs are traced where there is none.
     """
     if 0 in a.shape or 0 in b.shape:
-        return None
-    dtype, precision = a.dtype, product.precision
-    if precision in _ALGORITHMS:
-        dtype, precision = jnp.dtype(_ALGORITHMS[precision]), None
-    elif is_algorithm(precision):
-        return None
+        return False
+    dtype, precision = _multiplied(a.dtype, precision)
+    if is_algorithm(precision):
+        return False
+    is_low = dtype != accumulator(dtype)
+    is_long = _is_long_sum_of_one_row(a, b, contracted_axes)
+    return is_low or (sharding is None and is_long)
+
+
+class Call(NamedTuple):
+    """What a product asks for besides its operands."""
+
+    contracted_axes: tuple[tuple[int, ...], tuple[int, ...]]
+    precision: Any
+    sharding: Any
+    leaving: Any  # the dtype of the result
+    is_alone: bool  # or does JAX map or differentiate it?
+
+
+def multiply_on_cpu(a, b, call):
+    """The product of operands that have a form of their own."""
+    dtype, precision = _multiplied(a.dtype, call.precision)
+    call = call._replace(precision=precision)
     if dtype != accumulator(dtype):
-        form = _low_form(a, b, dtype, contracted_axes, precision, sharding)
-        return lambda a, b: form(a.astype(dtype), b.astype(dtype))
-    if sharding is not None or not _is_long_sum_of_one_row(a, b, contracted_axes):
-        return None
-
-    def plain(a, b):
-        return _dot(a, b, contracted_axes, precision, sharding)
-
-    return _where_alone(partial(_sum_in_blocks, precision=precision), plain)
+        Y = _multiply_low(a.astype(dtype), b.astype(dtype), call)
+    elif call.is_alone:
+        Y = _sum_in_blocks(a, b, precision)
+    else:
+        Y = _dot(a, b, call)
+    return Y.astype(call.leaving)
 
 
-def _low_form(a, b, dtype, contracted_axes, precision, sharding):
-    """The form of a product of operands of ``dtype``, float16 or bfloat16."""
-    options = contracted_axes, precision, sharding
-    is_transposed = a.ndim - 1 not in contracted_axes[0]  # Gᵀ X
-
-    def widened(a, b):
-        wide, axes = accumulator(dtype), contracted_axes
-        if is_transposed and sharding is None and _is_better_flat(a, b):
-            a, b, axes = _rows(a), _rows(b), ((0,), (0,))
-        return _dot(a.astype(wide), b.astype(wide), axes, precision, sharding)
-
-    # Only bfloat16 has a native path, and at one row memory is the limit.
-    if dtype != "bfloat16" or _is_one_row(a) or bfloat16_form() == WIDENED:
-        return widened
-    is_copied = is_transposed and bfloat16_form() == NATIVE
-    if is_copied and sharding is None and _is_cheaper_swapped(a, b):
-        swapped = _low_form(b, a, dtype, *options)
-        return lambda a, b: swapped(b, a).T
-    is_gathered = not is_transposed and _has_gathered_rows(a, sharding)
-
-    def fenced(a, b):
-        """A product of bfloat16 operands with a float32 result.
-
-        With bfloat16 instructions it is two to four times as fast as one with a
-        bfloat16 result or float32 operands. But it fails when it runs ("Unsupported
-        element type for DotThunk") where XLA has folded a transpose into the result or
-        into the first operand; the barriers keep them out. `jax.vmap` over one operand
-        puts one inside.
-
-        The second operand stays as it comes, and so does the first where it is about
-        to be gathered, which keeps transposes out as well: behind a barrier, the
-        gathered copy would not be shared with the other products of the layer.
-        """
-        a = a if is_gathered else lax.optimization_barrier(a)
-        dot = _transposed_dot if is_copied else _dot
-        return lax.optimization_barrier(dot(a, b, *options))
-
-    return _where_alone(fenced, widened)
+def _multiplied(dtype, precision):
+    """The dtype in which operands are multiplied, and the precision that is left."""
+    if precision in _ALGORITHMS:
+        return jnp.dtype(_ALGORITHMS[precision]), None
+    return dtype, precision
 
 
-def _dot(a, b, contracted_axes, precision, sharding):
+def _multiply_low(a, b, call):
+    """The product of operands that are both in float16 or both in bfloat16."""
+    if a.dtype != "bfloat16":  # No CPU is known on which XLA multiplies float16.
+        return _widened(a, b, call)
+    if call.leaving == "bfloat16" and _reads_bfloat16():
+        is_copied = call.is_alone and _is_one_row(a)
+        return _doubled(a, b, call) if is_copied else _dot(a, b, call, "bfloat16")
+    if not call.is_alone:
+        return _widened(a, b, call)
+    multiply = _weight_gradient if _is_transposed(a, call) else _rows_times_weight
+    return multiply(a, b, call)
+
+
+def _rows_times_weight(X, W, call):
+    """X Wᵀ, or G W."""
+    if _is_one_row(X):
+        return _doubled(X, W, call)
+    if bfloat16_form() == WIDENED and not _has_few_rows(X):
+        return _widened(X, W, call)
+    return _fenced(X, W, call)
+
+
+def _weight_gradient(G, X, call):
+    """Gᵀ X."""
+    form = bfloat16_form()
+    is_cheap = form == READ and _has_few_rows(G, _SHORT)
+    # At one row memory is the limit.
+    if form == WIDENED or is_cheap or _is_one_row(G):
+        return _widened(G, X, call)
+    if form != NATIVE:
+        return _fenced(G, X, call)
+    if call.sharding is None and _is_cheaper_swapped(G, X):
+        return _fenced(X, G, call, _transposed_dot).T
+    return _fenced(G, X, call, _transposed_dot)
+
+
+def _widened(a, b, call):
+    """A product of operands that are cast to float32: the one that never fails."""
+    is_free = _is_transposed(a, call) and call.sharding is None
+    if is_free and call.is_alone and _is_better_flat(a, b):
+        a, b, call = _rows(a), _rows(b), call._replace(contracted_axes=((0,), (0,)))
+    wide = accumulator(a.dtype)
+    return _dot(a.astype(wide), b.astype(wide), call)
+
+
+def _fenced(a, b, call, dot=None):
+    """A product of bfloat16 operands with a float32 result.
+
+    With bfloat16 instructions it is two to four times as fast as one with a
+    bfloat16 result or float32 operands. But it fails when it runs ("Unsupported
+    element type for DotThunk") where XLA has folded a transpose into the result or
+    into the first operand; the barriers keep them out. `jax.vmap` over one operand
+    puts one inside.
+
+    The second operand stays as it comes, and so does the first where it is about
+    to be gathered, which keeps transposes out as well: behind a barrier, the
+    gathered copy would not be shared with the other products of the layer.
+    """
+    is_gathered = not _is_transposed(a, call) and _has_gathered_rows(a, call.sharding)
+    a = a if is_gathered else lax.optimization_barrier(a)
+    return lax.optimization_barrier((dot or _dot)(a, b, call))
+
+
+def _doubled(a, b, call):
+    """The product of one row, multiplied twice: XLA copies the weight for one alone."""
+    if call.sharding is not None:
+        return _widened(a, b, call)
+    a_axes, b_axes = call.contracted_axes
+    axes = tuple(axis + 1 for axis in a_axes), b_axes
+    return _fenced(jnp.stack([a, a]), b, call._replace(contracted_axes=axes))[0]
+
+
+def _dot(a, b, call, leaving=None):
     return lax.dot_general(
         a,
         b,
-        (contracted_axes, ((), ())),
-        precision=precision,
-        preferred_element_type=accumulator(a.dtype),
-        out_sharding=sharding,
+        (call.contracted_axes, ((), ())),
+        precision=call.precision,
+        preferred_element_type=leaving or accumulator(a.dtype),
+        out_sharding=call.sharding,
     )
 
 
-def _transposed_dot(G, X, leading_axes, precision, sharding):
+def _transposed_dot(G, X, call):
     """Gᵀ X, with a copy of G in which the contracted axes are the last ones.
 
     XLA makes the copy, without which it leaves its fast path, where G has another axis,
     here of length one. X stays as it comes, so that the forward product shares its
     gathered copy.
     """
+    sharding = call.sharding
     if sharding is not None:
         spec = sharding.spec
         spec = P(None, *spec.partitions, unreduced=spec.unreduced, reduced=spec.reduced)
         sharding = NamedSharding(sharding.mesh, spec)
-    return _dot(jnp.expand_dims(G, -2), X, leading_axes, precision, sharding)[0]
+    return _dot(jnp.expand_dims(G, -2), X, call._replace(sharding=sharding))[0]
 
 
 def _has_gathered_rows(a, sharding):
@@ -200,9 +296,9 @@ def _is_better_flat(G, X):
     return G.ndim > 2 and G.size > X.size and has_one_device()
 
 
-def _is_symbolic(a, b):
+def _is_symbolic(*arrays):
     """Whether a size is not known yet, as in a program that is exported for any."""
-    return any(map(export.is_symbolic_dim, a.shape + b.shape))
+    return any(export.is_symbolic_dim(n) for array in arrays for n in array.shape)
 
 
 def _rows(a):
@@ -211,6 +307,15 @@ def _rows(a):
 
 def _is_one_row(a):
     return all(length == 1 for length in a.shape[:-1])
+
+
+def _has_few_rows(a, limit=_FEW):
+    """Whether the weight is what a product reads, so a cast of it what costs time."""
+    return not _is_symbolic(a) and math.prod(a.shape[:-1]) <= limit
+
+
+def _is_transposed(a, call):
+    return a.ndim - 1 not in call.contracted_axes[0]  # Gᵀ X
 
 
 _BLOCKS = 32
@@ -234,22 +339,3 @@ def _sum_in_blocks(G, W, precision):
         precision=precision,
     )
     return jnp.sum(sums, 0).reshape(*G.shape[:-1], W.shape[1])
-
-
-def _where_alone(form, general):
-    """``form``, and ``general`` where JAX maps or differentiates it."""
-    alone = custom_vmap(form)
-
-    @alone.def_vmap
-    def _(axis_size, is_batched, a, b):
-        axes = [0 if batched else None for batched in is_batched]
-        return jax.vmap(general, axes)(a, b), True
-
-    differentiable = jax.custom_jvp(alone)
-
-    @differentiable.defjvp
-    def _(primals, tangents):
-        # The primal is mapped as it is without tangents: JAX expects the same axis.
-        return differentiable(*primals), jax.jvp(general, primals, tangents)[1]
-
-    return differentiable

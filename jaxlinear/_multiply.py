@@ -1,11 +1,15 @@
-"""The product of two arrays of the same dtype, with nothing left open in it."""
+"""The product of two arrays, with nothing left open in it but its form on a CPU."""
 
 import contextlib
+from typing import NamedTuple
 
 from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlinear._cpu import cpu_form
+from jaxlinear._by_platform import by_platform
+from jaxlinear._cpu import Call, has_own_form, multiply_on_cpu
+from jaxlinear._product import Product
 
 
 def multiply_arrays(a, b, contracted_axes, product, sharding, hint=""):
@@ -14,30 +18,36 @@ def multiply_arrays(a, b, contracted_axes, product, sharding, hint=""):
     ``hint`` is XLA's name for the gradient, by which ROCm's libraries know that they
     may multiply it in their alternative float16.
     """
-    is_hinted = product.is_alternative_float16
-    hinted = set_xla_metadata(**{hint: "true"}) if is_hinted else _UNHINTED
     a, b = a.astype(product.operand_dtype), b.astype(product.operand_dtype)
+    hint = hint if product.is_alternative_float16 else ""
+    form = ArrayProduct(contracted_axes, product, sharding, hint)
+    if has_own_form(a, b, contracted_axes, product.precision, sharding):
+        return by_platform(form, a, b)
+    return form.plain(a, b)
 
-    def plain(a, b):
+
+class ArrayProduct(NamedTuple):
+    contracted_axes: tuple[tuple[int, ...], tuple[int, ...]]
+    product: Product
+    sharding: NamedSharding | PartitionSpec | None
+    hint: str = ""
+
+    def plain(self, a, b):
+        hinted = set_xla_metadata(**{self.hint: "true"}) if self.hint else _UNHINTED
         with hinted:
             return lax.dot_general(
                 a,
                 b,
-                (contracted_axes, ((), ())),
-                precision=product.precision,
-                preferred_element_type=product.preferred_element_type,
-                out_sharding=sharding,
+                (self.contracted_axes, ((), ())),
+                precision=self.product.precision,
+                preferred_element_type=self.product.preferred_element_type,
+                out_sharding=self.sharding,
             )
 
-    form = cpu_form(a, b, contracted_axes, product, sharding)
-    if form is None:
-        return plain(a, b)
-
-    def on_cpu(a, b):
-        return form(a, b).astype(product.preferred_element_type)
-
-    # Resolved when lowering: one exported program serves every platform.
-    return lax.platform_dependent(a, b, cpu=on_cpu, default=plain)
+    def on_cpu(self, a, b, *, is_alone):
+        _, precision, leaving, _ = self.product
+        options = self.contracted_axes, precision, self.sharding, leaving, is_alone
+        return multiply_on_cpu(a, b, Call(*options))
 
 
 _UNHINTED = contextlib.nullcontext()

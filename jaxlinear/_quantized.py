@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import export, lax
+import numpy as np
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
+from jaxlinear._by_platform import by_platform
 from jaxlinear._cpu import has_one_device
-from jaxlinear._multiply import multiply_arrays
+from jaxlinear._multiply import ArrayProduct, multiply_arrays
 from jaxlinear._product import Product
 from jaxlinear._sharding import sharded_as_factor, without_reduced_axes
 
@@ -76,18 +78,40 @@ def _quantized(array, dtype, axes):
     is_integer = dtype == "int8"
     top = float((jnp.iinfo if is_integer else jnp.finfo)(dtype).max)
     array = without_reduced_axes(array).astype(jnp.float32)
-    magnitude = jnp.abs(array)
-    if not is_integer:  # Float8 has a NaN, so the scale can be that of the others.
-        magnitude = jnp.where(jnp.isfinite(array), magnitude, 0)
+    if is_integer:
+        largest = by_platform(_Largest(tuple(axes)), array)
+    else:  # Float8 has a NaN, so the scale can be that of the others.
+        finite = jnp.where(jnp.isfinite(array), array, 0)
+        largest = _Largest(tuple(axes)).plain(finite)
     # Of zeros, too. A smaller number is a zero to some devices.
     least = float(jnp.finfo(jnp.float32).tiny)
-    scale = jnp.maximum(jnp.max(magnitude, axes, keepdims=True, initial=0) / top, least)
+    scale = jnp.maximum(largest / top, least)
     values = array / scale
     if is_integer:
         # The scale is infinite or NaN where a value is, and the finite values are zero.
         values = jnp.where(jnp.isinf(array), jnp.sign(array), jnp.round(values))
     values, scale = checkpoint_name((values.astype(dtype), scale), "linear_operand")
     return Quantized(values, scale)
+
+
+class _Largest(NamedTuple):
+    """The largest magnitude along ``axes``, and NaN where one of them is NaN."""
+
+    axes: tuple[int, ...]
+
+    def plain(self, array):
+        return jnp.max(jnp.abs(array), self.axes, keepdims=True, initial=0)
+
+    def on_cpu(self, array, *, is_alone):
+        # XLA's maximum drops NaN there, from 4,096 elements on.
+        if has_one_device():  # Its sums do not, and are as fast.
+            squares = jnp.sum(array * array, self.axes, keepdims=True)
+            return jnp.where(jnp.isnan(squares), squares, self.plain(array))
+        # One collective instead of two: magnitudes have the order of their bits, in
+        # which NaN is the largest.
+        bits = lax.bitcast_convert_type(jnp.abs(array), jnp.int32)
+        largest = jnp.max(bits, self.axes, keepdims=True, initial=0)
+        return lax.bitcast_convert_type(largest, array.dtype)
 
 
 def kept_operand(array, made, product, contracted_axes):
@@ -190,39 +214,47 @@ def _scale_of_product(a, b, contracted_axes, sharding):
 
 def _multiply_values(a, b, contracted_axes, precision, dtype, sharding):
     """The product of 8-bit values, with a result of ``dtype``."""
-    sums = dtype
-    if a.dtype == "int8" and not _may_overflow(a, contracted_axes[0]):
-        sums = jnp.dtype("int32")
+    form = _ValuesProduct(contracted_axes, precision, dtype, sharding)
+    return by_platform(form, a, b)
 
-    def plain(a, b):
+
+class _ValuesProduct(NamedTuple):
+    contracted_axes: tuple[tuple[int, ...], tuple[int, ...]]
+    precision: Any
+    dtype: np.dtype
+    sharding: Any
+
+    def plain(self, a, b):
+        is_short = a.dtype == "int8" and not _may_overflow(a, self.contracted_axes[0])
         Y = lax.dot_general(
             a,
             b,
-            (contracted_axes, ((), ())),
-            precision=precision,
-            preferred_element_type=sums,
-            out_sharding=sharding,
+            (self.contracted_axes, ((), ())),
+            precision=self.precision,
+            preferred_element_type=jnp.dtype("int32") if is_short else self.dtype,
+            out_sharding=self.sharding,
         )
-        return Y.astype(dtype)
+        return Y.astype(self.dtype)
 
-    def on_cpu(a, b):
+    def on_cpu(self, a, b, *, is_alone):
+        # Of several devices an operand that is cast is gathered for each product again.
+        if not has_one_device():
+            return self.plain(a, b)
         # XLA has no instructions for float8 there, and for int8 none in Gᵀ X. Each
         # value is one of bfloat16, too, and each product of two is one of float32.
-        product = Product(jnp.dtype("bfloat16"), precision, jnp.dtype("float32"))
-        Y = multiply_arrays(a, b, contracted_axes, product, sharding)
-        return Y.astype(dtype)
-
-    # Of several devices an operand that is cast is gathered for each product again.
-    cpu = on_cpu if has_one_device() else plain
-    return lax.platform_dependent(a, b, cpu=cpu, default=plain)
+        a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
+        wide = Product(a.dtype, self.precision, jnp.dtype("float32"))
+        arrays = ArrayProduct(self.contracted_axes, wide, self.sharding)
+        return arrays.on_cpu(a, b, is_alone=is_alone).astype(self.dtype)
 
 
 def _may_overflow(a, contracted_axes):
     """Whether so many products of int8 could be more than int32 has."""
-    lengths = [a.shape[axis] for axis in contracted_axes]
-    if any(map(export.is_symbolic_dim, lengths)):
-        return False
-    return math.prod(lengths) * 127**2 > jnp.iinfo("int32").max
+    count = math.prod(a.shape[axis] for axis in contracted_axes)
+    try:
+        return bool(count * 127**2 > jnp.iinfo("int32").max)
+    except jax.errors.InconclusiveDimensionOperation:  # A size of any length.
+        return True
 
 
 def _varies_elsewhere(scale, contracted_axes):

@@ -28,10 +28,13 @@ hypothesis.settings.load_profile("jaxlinear")
 
 def functions_of(form):
     """What chooses a form on CPU, as where ``form`` is that of bfloat16 products."""
-    return {
+    functions = {
         "bfloat16_form": lambda: form,
-        "has_one_device": lambda: form == _cpu.WIDENED,
+        "has_one_device": lambda: form in (_cpu.READ, _cpu.WIDENED),
     }
+    if form in (_cpu.READ, _cpu.WIDENED):
+        functions["_reads_bfloat16"] = lambda: form == _cpu.READ
+    return functions
 
 
 # The form of bfloat16 products on CPU, where it is not to be that of this machine.
