@@ -81,6 +81,8 @@ class _Mapped(NamedTuple):
 
 
 def _batch(axis, arrays, places, *, form):
+    if all(place is None for place in places):
+        return by_platform(form, *arrays), None
     mapped = _Mapped(form, tuple(places), axis.size, axis.spmd_name)
     return by_platform(mapped, *arrays), 0
 

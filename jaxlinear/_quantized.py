@@ -78,11 +78,8 @@ def _quantized(array, dtype, axes):
     is_integer = dtype == "int8"
     top = float((jnp.iinfo if is_integer else jnp.finfo)(dtype).max)
     array = without_reduced_axes(array).astype(jnp.float32)
-    if is_integer:
-        largest = by_platform(_Largest(tuple(axes)), array)
-    else:  # Float8 has a NaN, so the scale can be that of the others.
-        finite = jnp.where(jnp.isfinite(array), array, 0)
-        largest = _Largest(tuple(axes)).plain(finite)
+    # Float8 has a NaN, so its scale can be that of the other values.
+    largest = by_platform(_Largest(tuple(axes), of_finite=not is_integer), array)
     # Of zeros, too. A smaller number is a zero to some devices.
     least = float(jnp.finfo(jnp.float32).tiny)
     scale = jnp.maximum(largest / top, least)
@@ -95,23 +92,38 @@ def _quantized(array, dtype, axes):
 
 
 class _Largest(NamedTuple):
-    """The largest magnitude along ``axes``, and NaN where one of them is NaN."""
+    """The largest magnitude along ``axes``.
+
+    It is that of the finite values ``of_finite``, or else NaN where a value is NaN. The
+    barriers keep XLA from the maximum of a constant, of a weight that a program closes
+    over: its interpreter takes a minute for 4096 × 4096.
+    """
 
     axes: tuple[int, ...]
+    of_finite: bool
 
     def plain(self, array):
-        return jnp.max(jnp.abs(array), self.axes, keepdims=True, initial=0)
+        one = lax.optimization_barrier(jnp.ones((), array.dtype))
+        return self._maximum(array * one)  # Fused, where a barrier would make a copy.
 
     def on_cpu(self, array, *, is_alone):
+        array = lax.optimization_barrier(array)
+        if self.of_finite:
+            return self._maximum(array)
         # XLA's maximum drops NaN there, from 4,096 elements on.
         if has_one_device():  # Its sums do not, and are as fast.
             squares = jnp.sum(array * array, self.axes, keepdims=True)
-            return jnp.where(jnp.isnan(squares), squares, self.plain(array))
+            return jnp.where(jnp.isnan(squares), squares, self._maximum(array))
         # One collective instead of two: magnitudes have the order of their bits, in
         # which NaN is the largest.
         bits = lax.bitcast_convert_type(jnp.abs(array), jnp.int32)
         largest = jnp.max(bits, self.axes, keepdims=True, initial=0)
         return lax.bitcast_convert_type(largest, array.dtype)
+
+    def _maximum(self, array):
+        if self.of_finite:
+            array = jnp.where(jnp.isfinite(array), array, 0)
+        return jnp.max(jnp.abs(array), self.axes, keepdims=True, initial=0)
 
 
 def kept_operand(array, made, product, contracted_axes):
