@@ -32,9 +32,9 @@ _ALGORITHMS = {
     lax.DotAlgorithmPreset.F16_F16_F16: "float16",
 }
 
-# Numbers of rows, from ``python -m benchmarks --device cpu``: up to the first a cast of
-# the weight costs more than the product, up to the second one of G and X costs less.
-_FEW, _SHORT = 64, 512
+# The rows up to which a cast of the weight costs more than a slower product, from
+# ``python -m benchmarks --device cpu``.
+_FEW = 64
 
 NATIVE, SHARED, READ, WIDENED = "native", "shared", "read", "widened"
 
@@ -49,9 +49,8 @@ REASONS = {
         " has no bfloat16 instructions."
     ),
     READ: (
-        "bfloat16 operands are multiplied as they are, because this XLA makes no"
-        " float32 copy of them; in float32 for the weight gradient of up to"
-        f" {_SHORT} rows, where the copies are small. This CPU has no bfloat16"
+        "bfloat16 operands are multiplied as they are or in float32, whichever is"
+        " faster at their shape or takes less memory, because this CPU has no bfloat16"
         " instructions."
     ),
     WIDENED: (
@@ -174,12 +173,9 @@ def _multiplied(dtype, precision):
 
 def _multiply_low(a, b, call):
     """The product of operands that are both in float16 or both in bfloat16."""
-    if a.dtype != "bfloat16":  # No CPU is known on which XLA multiplies float16.
-        return _widened(a, b, call)
-    if call.leaving == "bfloat16" and _reads_bfloat16():
-        is_copied = call.is_alone and _is_one_row(a)
-        return _doubled(a, b, call) if is_copied else _dot(a, b, call, "bfloat16")
-    if not call.is_alone:
+    # No CPU is known on which XLA multiplies float16.
+    is_mapped = not (call.is_alone or _reads_bfloat16())
+    if a.dtype != "bfloat16" or is_mapped:
         return _widened(a, b, call)
     multiply = _weight_gradient if _is_transposed(a, call) else _rows_times_weight
     return multiply(a, b, call)
@@ -187,25 +183,35 @@ def _multiply_low(a, b, call):
 
 def _rows_times_weight(X, W, call):
     """X Wᵀ, or G W."""
-    if _is_one_row(X):
+    if call.is_alone and _is_one_row(X):
         return _doubled(X, W, call)
-    if bfloat16_form() == WIDENED and not _has_few_rows(X):
+    if _is_faster_widened(X, call, _FEW):
         return _widened(X, W, call)
     return _fenced(X, W, call)
 
 
 def _weight_gradient(G, X, call):
     """Gᵀ X."""
-    form = bfloat16_form()
-    is_cheap = form == READ and _has_few_rows(G, _SHORT)
     # At one row memory is the limit.
-    if form == WIDENED or is_cheap or _is_one_row(G):
+    if _is_one_row(G) or _is_faster_widened(G, call):
         return _widened(G, X, call)
-    if form != NATIVE:
+    if bfloat16_form() == SHARED:
         return _fenced(G, X, call)
     if call.sharding is None and _is_cheaper_swapped(G, X):
         return _fenced(X, G, call, _transposed_dot).T
     return _fenced(G, X, call, _transposed_dot)
+
+
+def _is_faster_widened(rows, call, few=0):
+    """Whether a product of ``rows`` is faster in float32, by 10 to 25 %.
+
+    At a ``few`` rows it is not. An XLA that reads bfloat16 as it is makes float32
+    copies of its own for the naive formula, but for several leading or mapped axes.
+    """
+    form = bfloat16_form()
+    if form not in (READ, WIDENED) or _has_few_rows(rows, few):
+        return False
+    return form == WIDENED or (call.is_alone and rows.ndim == 2)
 
 
 def _widened(a, b, call):
@@ -218,10 +224,10 @@ def _widened(a, b, call):
 
 
 def _fenced(a, b, call, dot=None):
-    """A product of bfloat16 operands with a float32 result.
+    """A product of bfloat16 operands that are not cast.
 
-    With bfloat16 instructions it is two to four times as fast as one with a
-    bfloat16 result or float32 operands. But it fails when it runs ("Unsupported
+    With bfloat16 instructions and a float32 result it is two to four times as fast as
+    one of float32 operands. But it fails when it runs ("Unsupported
     element type for DotThunk") where XLA has folded a transpose into the result or
     into the first operand; the barriers keep them out. `jax.vmap` over one operand
     puts one inside.
@@ -244,13 +250,15 @@ def _doubled(a, b, call):
     return _fenced(jnp.stack([a, a]), b, call._replace(contracted_axes=axes))[0]
 
 
-def _dot(a, b, call, leaving=None):
+def _dot(a, b, call):
+    # XLA that reads bfloat16 as it is needs no float32 array to round from, either.
+    is_rounded = a.dtype == call.leaving == "bfloat16" and _reads_bfloat16()
     return lax.dot_general(
         a,
         b,
         (call.contracted_axes, ((), ())),
         precision=call.precision,
-        preferred_element_type=leaving or accumulator(a.dtype),
+        preferred_element_type=a.dtype if is_rounded else accumulator(a.dtype),
         out_sharding=call.sharding,
     )
 
@@ -309,8 +317,7 @@ def _is_one_row(a):
     return all(length == 1 for length in a.shape[:-1])
 
 
-def _has_few_rows(a, limit=_FEW):
-    """Whether the weight is what a product reads, so a cast of it what costs time."""
+def _has_few_rows(a, limit):
     return not _is_symbolic(a) and math.prod(a.shape[:-1]) <= limit
 
 

@@ -165,7 +165,12 @@ def multiply_quantized(a, b, contracted_axes, product, sharding):
     """
     varying = [k for k, j in enumerate(contracted_axes[1]) if b.scale.shape[j] != 1]
     if varying and _varies_elsewhere(b.scale, contracted_axes[1]):
-        return _sum_over(varying[0], a, b, contracted_axes, product, sharding)
+        # Such a scale, which `jax.vmap` makes of one for each row, is no factor of the
+        # sum. Bfloat16 has the bits of an 8-bit value with its scale.
+        leaving = product.preferred_element_type
+        scaled = Product(jnp.dtype("bfloat16"), product.precision, jnp.dtype("float32"))
+        Y = multiply_arrays(a.array, b, contracted_axes, scaled, sharding)
+        return Y.astype(leaving)
     if varying:
         a, b = _with_scale_of(b, a, contracted_axes)
         a = as_operand(a, product, 0, contracted_axes[0])
@@ -284,23 +289,3 @@ def _with_scale_of(b, a, contracted_axes):
         shape[i] = b.scale.shape[j]
     one = jnp.ones((1,) * b.ndim, b.scale.dtype)
     return a.array.astype(one.dtype) * b.scale.reshape(shape), b._replace(scale=one)
-
-
-def _sum_over(k, a, b, contracted_axes, product, sharding):
-    """That where the scale of ``b`` varies along other axes, too: a sum of products.
-
-    ``k`` is the place among the contracted axes of the one that is summed at last.
-    """
-    mapped = tuple(axes[k] for axes in contracted_axes)
-    inner = tuple(
-        tuple(i - (i > removed) for i in axes if i != removed)
-        for axes, removed in zip(contracted_axes, mapped, strict=True)
-    )
-    wide = product._replace(preferred_element_type=jnp.dtype("float32"))
-
-    def each(a, b):
-        a = as_operand(a, product, 0, inner[0])
-        return multiply_quantized(a, b, inner, wide, sharding)
-
-    total = jnp.sum(jax.vmap(each, mapped)(a.array, b._replace(array=None)), 0)
-    return total.astype(product.preferred_element_type)
