@@ -25,7 +25,7 @@ from benchmarks.model import GPT_DTYPES, GPT_STEP
 from benchmarks.overhead import overhead
 from benchmarks.progress import Cells
 from benchmarks.rows import rows_of
-from benchmarks.workloads import DTYPES, GROWTH, MODES, QUICK, WORKLOADS
+from benchmarks.workloads import DECODING, DTYPES, GROWTH, MODES, QUICK, WORKLOADS
 
 
 def main():
@@ -168,9 +168,12 @@ def chosen_cells(options):
 
     cells = [(w, d, modes) for w in WORKLOADS if is_chosen(w) for d in dtypes]
     grown = [(w, d, ["step"]) for w in GROWTH if is_chosen(w) for d in dtypes]
+    plain = [d for d in dtypes if d in ("float32", "bfloat16")]
+    decoding = [(w, d, ["forward"]) for w in DECODING if is_chosen(w) for d in plain]
     model = [(GPT_STEP, d, ["step"]) for d in dtypes if d in GPT_DTYPES]
     model = model if is_chosen(GPT_STEP) else []
-    return cells + [cell for cell in grown + model if "step" in modes]
+    others = grown + decoding + model
+    return cells + [cell for cell in others if set(cell[2]) <= set(modes)]
 
 
 if __name__ == "__main__":

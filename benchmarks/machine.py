@@ -20,6 +20,7 @@ PRODUCT_FILES = [
         "_levels.py",
         "_formulas.py",
         "_multiply.py",
+        "_by_platform.py",
         "_quantized.py",
         "_product.py",
         "_cpu.py",

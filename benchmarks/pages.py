@@ -3,7 +3,8 @@
     python -m benchmarks.pages [--check]
 
 The results are in ``benchmarks/results``: of two kinds of CPU, with bfloat16
-instructions (``native.json``) and without (``plain.json``); the errors against float64
+instructions (``native.json``) and without (``plain.json``); those of a few rows
+(``decoding.json``); the errors against float64
 (``accuracy.json``, which ``python -m jaxlinear --json`` writes); and the programs of
 the scale study (``scale.json``). How many transformations fail is counted on the page
 of them. Results that are older than the products of the package say so; ``--check``
@@ -21,7 +22,7 @@ from benchmarks.machine import PRODUCT_FILES, ROOT, digest
 from benchmarks.marked import written
 from benchmarks.model import GPT_STEP
 from benchmarks.report import geometric_mean, megabytes
-from benchmarks.rows import rows_of
+from benchmarks.rows import OURS, rows_of
 from jaxlinear.inspect._table import table
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -84,6 +85,7 @@ def parts():
         "transformations": transformations(TRANSFORMATIONS.read_text()),
         "accuracy": errors(measured),
         "speed": speed(timed, digest(PRODUCT_FILES)),
+        "decoding": decoding(results_file.read(RESULTS / "decoding.json")),
         **study.tables(scale),
     }
 
@@ -224,6 +226,38 @@ def layers(document):
         lines.append([f"{row.workload} ({shape})", *cells])
     heading = ["workload (rows × in → out)", *COLUMNS]
     return table(heading, [*lines, ["geometric mean", *map(mean, columns)]])
+
+
+def decoding(document):
+    """The forward pass of a few rows: our time, and that of each other over it."""
+    columns = COLUMNS.values()
+    columns = [column for column in columns if column[1] in ("float32", "bfloat16")]
+    found = collections.defaultdict(dict)
+    for row in rows_of(document):
+        if row.workload.startswith("decoding "):
+            found[row.rows, row.in_features, row.out_features][
+                row.library, row.dtype
+            ] = row
+    lines = []
+    for (rows, inputs, outputs), cells in found.items():
+        line = [f"{rows} × {inputs} → {outputs}"]
+        for dtype in ("float32", "bfloat16"):
+            ours = cells[OURS, dtype]
+            megabyte = ours.temporary_bytes / 2**20
+            line += [f"{ours.median_s * 1e3:.2f} ms", f"{megabyte:.1f} MiB"]
+            line += [
+                f"{cells[column].ratio:.2f}" if column in cells else ""
+                for column in columns
+                if column[1] == dtype
+            ]
+        lines.append(line)
+    heading = ["rows × in → out"]
+    for dtype in ("float32", "bfloat16"):
+        heading += [f"ours, {dtype}", "temporaries"]
+        heading += [name for name, column in COLUMNS.items() if column[1] == dtype]
+    is_native = document["cpu"]["bfloat16 instructions"] == "yes"
+    where = caption(document, "with" if is_native else "without", digest(PRODUCT_FILES))
+    return f"{where}\n\n{table(heading, lines)}"
 
 
 def model(document):

@@ -45,6 +45,13 @@ QUICK = ["one row, feed-forward up", "512 rows, square", "small transformer, up"
 GROWTH = [Workload(f"growth {4**k}", (4**k,), 512, 512) for k in range(9)]
 """Cost against the number of rows, from 1 to 65 536."""
 
+DECODING = [
+    Workload(f"decoding {rows} of {features}", (rows,), features, 4096)
+    for features in (4096, 1024)
+    for rows in (1, 2, 4, 8, 16)
+]
+"""The forward pass of a few rows, which reads the weight and little else."""
+
 DTYPES = {  # name: dtype of x and Y, dtype of the parameters
     "float32": ("float32", "float32"),
     "bfloat16": ("bfloat16", "bfloat16"),

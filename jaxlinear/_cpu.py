@@ -24,6 +24,7 @@ from jax.experimental import serialize_executable
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxlinear._plain import dot_general
 from jaxlinear._product import accumulator, is_algorithm
 
 # Algorithms of low precision that JAX lowers for CPU, and the dtype of their operands.
@@ -108,7 +109,7 @@ def _reads_bfloat16():
 
     def product(a, b):
         axes = ((1,), (1,)), ((), ())
-        return lax.dot_general(a, b, axes, preferred_element_type=a.dtype)
+        return dot_general(a, b, axes, preferred_element_type=a.dtype)
 
     if not _has_backend():
         return False
@@ -253,7 +254,7 @@ def _doubled(a, b, call):
 def _dot(a, b, call):
     # XLA that reads bfloat16 as it is needs no float32 array to round from, either.
     is_rounded = a.dtype == call.leaving == "bfloat16" and _reads_bfloat16()
-    return lax.dot_general(
+    return dot_general(
         a,
         b,
         (call.contracted_axes, ((), ())),
@@ -339,7 +340,7 @@ def _sum_in_blocks(G, W, precision):
 
     The plain one adds up the rows of W one after the other.
     """
-    sums = lax.dot_general(
+    sums = dot_general(
         G.reshape(_BLOCKS, -1),
         W.reshape(_BLOCKS, -1, W.shape[1]),
         (((1,), (1,)), ((0,), (0,))),

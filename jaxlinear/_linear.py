@@ -31,7 +31,7 @@ from jaxlinear._formulas import (
     weight_gradient,
 )
 from jaxlinear._linear_map import LinearMap, Term, linear_map, linear_map_p
-from jaxlinear._plain import in_plain_autodiff, plain_linear
+from jaxlinear._plain import is_plain, plain_linear
 from jaxlinear._product import Products, accumulator
 from jaxlinear._quantized import as_operand, as_shared_operand, kept_operand
 from jaxlinear._sharding import (
@@ -148,10 +148,11 @@ def linear(
         options["products"] = checked_products(products, precision, dtype)
     if out_sharding is not None:
         options["out_sharding"] = out_sharding
-    # Not jitted in the switch: libraries that replace `lax.dot_general` must see every
-    # call. Nor inside a program with explicit axes: XLA would gather a sharded weight
-    # for the forward pass and again for the backward (tests/test_collectives.py).
-    bare = in_plain_autodiff() or is_traced_with_explicit_axes(weight)
+    # Not jitted where it is the naive formula: libraries that replace
+    # `lax.dot_general` must see every call. Nor inside a program with explicit axes: XLA
+    # would gather a sharded weight for the forward pass and again for the backward
+    # (tests/test_collectives.py).
+    bare = is_plain() or is_traced_with_explicit_axes(weight)
     apply = _apply if bare else _apply_jitted
     return apply(x, weight, bias, **options)
 
@@ -160,7 +161,7 @@ def _apply(x, weight, bias, *, dtype=None, products=None, out_sharding=None):
     check_shapes(x, weight, bias)
     dtype = compute_dtype(dtype, x, weight, bias)
     products = completed(products, dtype, x, weight, bias)
-    if in_plain_autodiff() or not jnp.issubdtype(dtype, jnp.inexact):
+    if is_plain() or not jnp.issubdtype(dtype, jnp.inexact):
         precision = products.forward.precision
         return plain_linear(x, weight, bias, dtype, precision, out_sharding)
     operands = vary_together(x, weight, bias)

@@ -3,12 +3,12 @@
 import contextlib
 from typing import NamedTuple
 
-from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlinear._by_platform import by_platform
 from jaxlinear._cpu import Call, has_own_form, multiply_on_cpu
+from jaxlinear._plain import dot_general
 from jaxlinear._product import Product
 
 
@@ -35,7 +35,7 @@ class ArrayProduct(NamedTuple):
     def plain(self, a, b):
         hinted = set_xla_metadata(**{self.hint: "true"}) if self.hint else _UNHINTED
         with hinted:
-            return lax.dot_general(
+            return dot_general(
                 a,
                 b,
                 (self.contracted_axes, ((), ())),

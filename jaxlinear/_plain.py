@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from types import FunctionType
 
 import jax
 import jax.numpy as jnp
@@ -44,8 +45,28 @@ def plain_autodiff() -> Iterator[None]:
         yield
 
 
-def in_plain_autodiff():
-    return _in_plain_autodiff.value
+def is_plain():
+    """Whether ``linear`` is the naive formula: in the switch, or for a quantizer.
+
+    Quantizers replace ``lax.dot_general`` (AQT) or its code (Qwix) while they run a
+    model, for all threads.
+    """
+    product = lax.dot_general
+    is_replaced = product is not _DOT_GENERAL or product.__code__ is not _CODE
+    return is_replaced or _in_plain_autodiff.value
+
+
+_DOT_GENERAL, _CODE = lax.dot_general, lax.dot_general.__code__
+
+# The op multiplies by a copy that nobody replaces: JAX's caches keep what is traced, a
+# backward pass as well, for calls after the quantizer has left.
+dot_general = FunctionType(
+    _CODE,
+    _DOT_GENERAL.__globals__,
+    argdefs=_DOT_GENERAL.__defaults__,
+    closure=_DOT_GENERAL.__closure__,
+)
+dot_general.__kwdefaults__ = _DOT_GENERAL.__kwdefaults__
 
 
 def plain_linear(x, weight, bias, dtype, precision, out_sharding):

@@ -19,6 +19,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxlinear._by_platform import by_platform
 from jaxlinear._cpu import has_one_device
 from jaxlinear._multiply import ArrayProduct, multiply_arrays
+from jaxlinear._plain import dot_general
 from jaxlinear._product import Product
 from jaxlinear._sharding import sharded_as_factor, without_reduced_axes
 
@@ -243,7 +244,7 @@ class _ValuesProduct(NamedTuple):
 
     def plain(self, a, b):
         is_short = a.dtype == "int8" and not _may_overflow(a, self.contracted_axes[0])
-        Y = lax.dot_general(
+        Y = dot_general(
             a,
             b,
             (self.contracted_axes, ((), ())),

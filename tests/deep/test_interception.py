@@ -97,9 +97,71 @@ def test_no_cache_serves_a_quantized_product_to_an_unquantized_call(qwix, first)
             np.testing.assert_allclose(model(x), quantized, **close)
             np.testing.assert_allclose(ours(x), unquantized, **close)
     np.testing.assert_allclose(ours(x), unquantized, **close)
-    # Outside, Qwix does not reach the program that is already compiled. In a first call
-    # it would, and its product would be kept for all calls: that of `x @ w.T` is, too.
-    np.testing.assert_allclose(model(x), unquantized, **close)
+
+
+@pytest.mark.parametrize("called_before", [False, True])
+@pytest.mark.parametrize("kept", ["weights", "weights and activations", "training"])
+def test_qwix_quantizes_our_layers_as_those_of_flax(qwix, kept, called_before):
+    ours, flax, x = same_models()
+    unquantized = flax(x)
+    if called_before:
+        np.testing.assert_allclose(ours(x), unquantized, **close)
+    else:
+        jax.clear_caches()
+    activations = {} if kept == "weights" else {"act_qtype": jnp.int8}
+    rules = [qwix.QuantizationRule(weight_qtype=jnp.int8, **activations)]
+    provider = qwix.QtProvider if kept == "training" else qwix.PtqProvider
+
+    def quantized(model):
+        model = qwix.quantize_model(model, provider(rules), x)
+        return model(x), [leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))]
+
+    (actual, dtypes), (expected, expected_dtypes) = map(quantized, (ours, flax))
+    np.testing.assert_allclose(actual, expected, **close)
+    assert sorted(map(str, dtypes)) == sorted(map(str, expected_dtypes))
+    assert differ(expected, unquantized)
+    # And nothing of it is left behind.
+    np.testing.assert_allclose(ours(x), unquantized, **close)
+
+
+@pytest.mark.parametrize("called_before", [False, True])
+def test_qwix_adds_lora_to_our_layers_as_to_those_of_flax(qwix, called_before):
+    ours, flax, x = same_models()
+    if called_before:
+        ours(x)
+    else:
+        jax.clear_caches()
+    provider = qwix.LoraProvider(module_path=".*", rank=2, alpha=1.0)
+
+    def adapted(model):
+        model = qwix.apply_lora_to_model(model, provider, x)
+        sizes = [leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.LoRAParam))]
+        return model(x), sorted(sizes)
+
+    (actual, sizes), (expected, expected_sizes) = map(adapted, (ours, flax))
+    np.testing.assert_allclose(actual, expected, **close)
+    assert sizes == expected_sizes
+    assert len(sizes) == 4
+
+
+def test_a_backward_pass_that_is_traced_beside_a_replaced_product_is_ours():
+    x, weight, _, cotangent = random_problem((4,), 16, 8, "bfloat16")
+    weight = weight.astype("float32")
+
+    def refused(*args, **kwargs):
+        raise AssertionError("somebody's product")
+
+    jax.clear_caches()
+    _, vjp = jax.vjp(lambda x, w: linear(x, w, dtype="bfloat16"), x, weight)
+    _, linearized = jax.linearize(lambda w: linear(x, w, dtype="bfloat16"), weight)
+    with mock.patch.object(lax, "dot_general", refused):
+        beside = [*vjp(cotangent), linearized(weight)]
+    afterwards = [*vjp(cotangent), linearized(weight)]
+    jax.clear_caches()
+    alone = [*vjp(cotangent), linearized(weight)]
+    for found, later, expected in zip(beside, afterwards, alone, strict=True):
+        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_array_equal(later, expected)
 
 
 # AQT puts its own `dot_general` in the place of `lax.dot_general`.
