@@ -4,6 +4,7 @@ What JAX makes of them, mode by mode, is in the table (`test_table.py`); what is
 in `test_arguments.py`; what GPUs and TPUs run in `deep/targets/test_eight_bits.py`.
 """
 
+import contextlib
 import functools
 import re
 from collections import Counter
@@ -176,6 +177,77 @@ def test_infinities_and_nan_end_up_where_they_would_unquantized(name, value):
 # Maps, programs and devices.
 
 
+@pytest.mark.parametrize("is_alone", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_no_value_is_lost_in_the_maximum_of_many(value, dtype, is_alone, monkeypatch):
+    """XLA's maximum on CPUs drops NaN from 4,096 elements on."""
+    monkeypatch.setattr(_quantized, "has_one_device", lambda: is_alone)
+    jax.clear_caches()
+    x, weight, _, cotangent = random_problem((256,), 512, 384, "float32")
+    x, weight, cotangent = (a.astype(dtype) for a in (x, weight, cotangent))
+
+    def all_of(apply):
+        def found(x, weight, G):
+            Y, vjp = jax.vjp(apply, x, weight)
+            return Y, *vjp(G)
+
+        return jax.jit(found)
+
+    ours, exactly = all_of(layer("int8")), all_of(linear)
+    for k, formula in enumerate(["X", "W", "G"]):
+        arrays = [x, weight, cotangent]
+        arrays[k] = arrays[k].at[3, 5].set(value)
+        for found, expected in zip(ours(*arrays), exactly(*arrays), strict=True):
+            assert not jnp.any(jnp.isfinite(found) & ~jnp.isfinite(expected)), formula
+
+
+@pytest.mark.parametrize("spec", [("data", None), (None, "data"), (None, None)])
+def test_a_nan_is_found_in_a_sharded_array(spec):
+    x, weight, _, _ = random_problem((256,), 512, 384, "float32")
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    sharding = jax.NamedSharding(mesh, jax.P(*spec))
+    x = jax.device_put(x.at[3, 5].set(np.nan), sharding)
+    Y = jax.jit(layer("int8"))(x, weight)
+    assert jnp.all(jnp.isnan(Y).any(1) == (jnp.arange(256) == 3))
+
+
+@pytest.mark.parametrize("rows", [1000, 150_000])
+def test_sums_of_a_size_that_is_not_known_yet_do_not_overflow(rows, monkeypatch):
+    monkeypatch.setattr(_quantized, "has_one_device", lambda: False)
+    jax.clear_caches()
+    n, k = jax.export.symbolic_shape("n, k")
+
+    def gradient(x, weight, G):
+        return jax.vjp(layer("int8"), x, weight)[1](G)[1]
+
+    def abstract(*shape):
+        return jax.ShapeDtypeStruct(shape, "float32")
+
+    exported = jax.export.export(jax.jit(gradient))(
+        abstract(n, 2), abstract(3, 2), abstract(n, 3)
+    )
+    ones = functools.partial(jnp.ones, dtype="float32")
+    found = exported.call(ones((rows, 2)), ones((3, 2)), ones((rows, 3)))
+    np.testing.assert_allclose(found, rows, rtol=1e-3)
+    exported = jax.export.export(jax.jit(layer("int8")))(abstract(2, k), abstract(3, k))
+    found = exported.call(ones((2, rows)), ones((3, rows)))
+    np.testing.assert_allclose(found, rows, rtol=1e-3)
+
+
+@each_recipe
+def test_the_maximum_of_a_constant_weight_is_left_to_the_program(name):
+    """XLA's interpreter would take a minute for it in a large weight."""
+    x, weight, _, _ = random_problem((4,), 64, 96, "float32")
+
+    def maxima(function, *arrays):
+        text = jax.jit(function).lower(*arrays).compile().as_text()
+        return text.count("maximum(")
+
+    closed_over = maxima(lambda x: layer(name)(x, weight), x)
+    assert closed_over == maxima(layer(name), x, weight)
+
+
 @each_recipe
 def test_each_element_of_a_map_is_quantized_by_itself(name):
     x, weight, *_ = random_problem((3, 8), 16, 4, "float32")
@@ -204,13 +276,26 @@ def test_gradients_of_a_map_are_as_accurate_as_those_without(
     assert relative_error(vjp(cotangent)[differentiated], expected) < RECIPES[name][2]
 
 
-def test_a_map_over_x_materialises_no_weight_gradient_of_each_element():
-    x, weight = jax.ShapeDtypeStruct((64, 8, 128), "float32"), jnp.ones((256, 128))
+@pytest.mark.parametrize("axis_type", [None, AxisType.Explicit])
+@pytest.mark.parametrize("bias_axis", [None, 0])
+@pytest.mark.parametrize("name", [*RECIPES, "float8 by rows"])
+def test_a_map_over_x_materialises_no_weight_gradient_of_each_element(
+    name, bias_axis, axis_type
+):
+    x, weight, bias, _ = random_problem((64, 8), 128, 256, "float32")
+    bias = bias if bias_axis is None else jnp.stack([bias] * 64)
+    by_rows = Products(*[Product("float8_e4m3fn", scaling="per_row")] * 3)
+    products = RECIPES[name][0] if name in RECIPES else by_rows
+    apply = functools.partial(linear, products=products)
 
-    def loss(weight, x):
-        return jnp.sum(jax.vmap(layer("float8"), (0, None))(x, weight) ** 2)
+    def loss(weight, x, bias):
+        return jnp.sum(jax.vmap(apply, (0, None, bias_axis))(x, weight, bias) ** 2)
 
-    compiled = jax.jit(jax.grad(loss)).lower(weight, x).compile()
+    with contextlib.ExitStack() as stack:
+        if axis_type is not None:
+            mesh = jax.make_mesh((1,), ("data",), axis_types=(axis_type,))
+            stack.enter_context(jax.set_mesh(mesh))
+        compiled = jax.jit(jax.grad(loss)).lower(weight, x, bias).compile()
     assert f"f32[64,{weight.shape[0]},{weight.shape[1]}]" not in compiled.as_text()
 
 
