@@ -130,6 +130,60 @@ def test_weight_gradient_of_many_more_outputs_than_inputs(leading, form, use_for
     assert relative_error(gradient, expected) < float(jnp.finfo("bfloat16").eps)
 
 
+# Of READ and WIDENED each XLA has one, which is the one whose memory counts.
+MISSING = _cpu.WIDENED if _cpu._reads_bfloat16() else _cpu.READ
+each_form_here = pytest.mark.parametrize(
+    "form", [form for form in _cpu.REASONS if form != MISSING]
+)
+
+
+def temporary_bytes(function, *arrays):
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]
+    compiled = jax.jit(function).lower(*shapes).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+@each_form_here
+@pytest.mark.parametrize("rows", [1, 2, 5, 64])
+def test_a_few_rows_make_no_copy_of_the_weight(rows, form, use_form):
+    use_form(form)
+    x, weight, bias, cotangent = random_problem((rows,), 1024, 1024, "bfloat16")
+
+    def input_gradient(x, weight, G):
+        return jax.vjp(lambda x: linear(x, weight), x)[1](G)
+
+    # The rows in float32, twice.
+    least = 8 * rows * 1024 + 2**15
+    assert temporary_bytes(linear, x, weight, bias) <= least
+    assert temporary_bytes(input_gradient, x, weight, cotangent) <= least
+
+
+@each_form_here
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # of the parameters
+def test_several_leading_axes_take_the_memory_of_the_naive_formula(
+    dtype, mapped, form, use_form
+):
+    use_form(form)
+    x, weight, _, cotangent = random_problem((4, 128), 512, 256, "bfloat16")
+    weight = weight.astype(dtype)
+    if mapped:
+        x, weight, cotangent = (jnp.stack([a] * 3) for a in (x, weight, cotangent))
+
+    def both(layer):
+        def apply(x, weight):
+            return layer(x, weight, dtype="bfloat16")
+
+        apply = jax.vmap(apply) if mapped else apply
+        return apply, lambda x, weight, G: jax.vjp(apply, x, weight)[1](G)
+
+    for ours, theirs, arrays in zip(
+        both(linear), both(naive), [(x, weight), (x, weight, cotangent)], strict=True
+    ):
+        theirs = temporary_bytes(theirs, *arrays)
+        assert temporary_bytes(ours, *arrays) <= 1.1 * theirs + 2**17
+
+
 # Algorithms of low precision that CPUs have, and the dtype in which they multiply.
 ALGORITHMS = {"BF16_BF16_F32": "bfloat16", "F16_F16_F16": "float16"}
 

@@ -272,23 +272,22 @@ TRANSPOSED = "test_cpu_forms.py::test_transposed_gradients_in_mixed_precision"
 
 @mutant("bfloat16 operands of a product that JAX maps", TRANSPOSED)
 def _():
-    def without_barriers(form):
-        def general(a, b):
+    def bare(right):
+        def multiplied(a, b, call):
+            if call.is_alone:
+                return right(a, b, call)
             library = _cpu.lax
             replace_in_library(
                 _cpu, "lax", optimization_barrier=lambda right: lambda a: a
             )
             try:
-                return form(a, b)
+                return right(a, b, call._replace(is_alone=True))
             finally:
                 _cpu.lax = library
 
-        return general
+        return multiplied
 
-    def bare(right):
-        return lambda form, general: right(form, without_barriers(form))
-
-    replace(_cpu, "_where_alone", bare)
+    replace(_cpu, "_multiply_low", bare)
 
 
 def without_barriers_of(dtype):
@@ -325,16 +324,14 @@ WIDE_WEIGHT = "test_cpu_forms.py::test_weight_gradient_of_many_more_outputs_than
 @mutant("the product of swapped operands not transposed back", WIDE_WEIGHT)
 def _():
     def untransposed(right):
-        def form(a, b, dtype, axes, *rest):
-            found, shape = right(a, b, dtype, axes, *rest), (a.shape[-1], b.shape[-1])
-            is_weight_gradient = a.ndim - 1 not in axes[0]
-            if is_weight_gradient and shape[0] < shape[1]:  # Of swapped operands.
-                return lambda a, b: found(a, b).T.reshape(shape)
-            return found
+        def product(a, b, call):
+            is_swapped = a.shape[-1] < b.shape[-1]
+            shape, Y = (a.shape[-1], b.shape[-1]), right(a, b, call)
+            return Y.T.reshape(shape) if is_swapped else Y
 
-        return form
+        return product
 
-    replace(_cpu, "_low_form", untransposed)
+    replace(_cpu, "_transposed_dot", untransposed)
 
 
 @mutant("rows of one operand flattened in another order", WIDE_WEIGHT)
@@ -359,14 +356,13 @@ def _():
 )
 def _():
     def unchecked(right):
-        def cpu_form(a, b, axes, product, sharding):
-            if _cpu._is_long_sum_of_one_row(a, b, axes):
-                return lambda a, b: _cpu._sum_in_blocks(a, b, product.precision)
-            return right(a, b, axes, product, sharding)
+        def has_own_form(a, b, axes, *rest):
+            is_long = _cpu._is_long_sum_of_one_row(a, b, axes)
+            return is_long or right(a, b, axes, *rest)
 
-        return cpu_form
+        return has_own_form
 
-    replace(_cpu, "cpu_form", unchecked)
+    replace(_cpu, "has_own_form", unchecked)
 
 
 @mutant(
@@ -377,7 +373,7 @@ def _():
     def without(right):
         return lambda *a, precision=None, **options: right(*a, **options)
 
-    replace_in_library(_cpu, "lax", dot_general=without)
+    replace(_plain, "dot_general", without)
 
 
 @mutant("an algorithm of low precision as JAX lowers it", TRANSPOSED)
@@ -530,7 +526,7 @@ def _():
     "test_plain_autodiff.py::test_inside_a_float32_layer_is_one_product_and_one_sum",
 )
 def _():
-    replace(_plain, "in_plain_autodiff", lambda right: lambda: False)
+    replace(_plain, "is_plain", lambda right: lambda: False)
 
 
 @mutant(
@@ -713,3 +709,31 @@ def _():
 )
 def _():
     replace(_state_dicts, "_replace", lambda right: lambda path, write: write(path))
+
+
+@mutant(
+    "a maximum that drops NaN",
+    f"{EIGHT}test_no_value_is_lost_in_the_maximum_of_many[nan-float32-True]",
+)
+def _():
+    def as_elsewhere(right):
+        return lambda self, array, *, is_alone: self.plain(array)
+
+    replace(_quantized._Largest, "on_cpu", as_elsewhere)
+
+
+@mutant(
+    "a size that is not known yet taken for a small one",
+    f"{EIGHT}test_sums_of_a_size_that_is_not_known_yet_do_not_overflow[150000]",
+)
+def _():
+    replace(_quantized, "_may_overflow", lambda right: lambda *a: False)
+
+
+@mutant(
+    "a maximum of a constant",
+    f"{EIGHT}test_the_maximum_of_a_constant_weight_is_left_to_the_program[float8]",
+)
+def _():
+    barrier = {"optimization_barrier": lambda right: lambda a: a}
+    replace_in_library(_quantized, "lax", **barrier)

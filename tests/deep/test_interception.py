@@ -124,6 +124,7 @@ def test_qwix_quantizes_our_layers_as_those_of_flax(qwix, kept, called_before):
     np.testing.assert_allclose(ours(x), unquantized, **close)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("called_before", [False, True])
 def test_qwix_adds_lora_to_our_layers_as_to_those_of_flax(qwix, called_before):
     ours, flax, x = same_models()
