@@ -7,9 +7,9 @@ it is given.
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxlinear._multiply import multiply_arrays
+from jaxlinear._open import platform_dependent
 from jaxlinear._product import accumulator
 from jaxlinear._quantized import Quantized, as_operand, multiply_quantized
 from jaxlinear._sharding import rounded_over_devices
@@ -35,7 +35,7 @@ def forward_product(X, W, B, product, Y_type):
     # TPUs and CPUs add the bias before anything is rounded, at no cost. XLA for GPUs
     # would first write the float32 product to memory (tests/deep/targets).
     rounded, wide = leaving_in(Y_type.dtype), leaving_in(accumulator(Y_type.dtype))
-    return lax.platform_dependent(X, W, B, cuda=rounded, rocm=rounded, default=wide)
+    return platform_dependent(X, W, B, cuda=rounded, rocm=rounded, default=wide)
 
 
 @jax.named_scope("input_gradient")

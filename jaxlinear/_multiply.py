@@ -6,6 +6,7 @@ from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 
 from jaxlinear._cpu import cpu_form
+from jaxlinear._open import platform_dependent
 
 
 def multiply_arrays(a, b, contracted_axes, product, sharding, hint=""):
@@ -37,7 +38,7 @@ def multiply_arrays(a, b, contracted_axes, product, sharding, hint=""):
         return form(a, b).astype(product.preferred_element_type)
 
     # Resolved when lowering: one exported program serves every platform.
-    return lax.platform_dependent(a, b, cpu=on_cpu, default=plain)
+    return platform_dependent(a, b, cpu=on_cpu, default=plain)
 
 
 _UNHINTED = contextlib.nullcontext()

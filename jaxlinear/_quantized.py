@@ -17,6 +17,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from jaxlinear._cpu import has_one_device
 from jaxlinear._multiply import multiply_arrays
+from jaxlinear._open import platform_dependent
 from jaxlinear._product import Product
 from jaxlinear._sharding import sharded_as_factor, without_reduced_axes
 
@@ -150,7 +151,7 @@ def multiply_quantized(a, b, contracted_axes, product, sharding):
     # XLA for GPUs makes one call of the first, with a float32 scale and one rounding.
     # Devices add up partial sums in bfloat16, as without 8 bits.
     gpu, tpu = scaled(leaving, leaving), scaled(leaving, wide)
-    return lax.platform_dependent(
+    return platform_dependent(
         a.values, b.values, scale, cuda=gpu, rocm=gpu, tpu=tpu, default=in_float32
     )
 
@@ -214,7 +215,7 @@ def _multiply_values(a, b, contracted_axes, precision, dtype, sharding):
 
     # Of several devices an operand that is cast is gathered for each product again.
     cpu = on_cpu if has_one_device() else plain
-    return lax.platform_dependent(a, b, cpu=cpu, default=plain)
+    return platform_dependent(a, b, cpu=cpu, default=plain)
 
 
 def _may_overflow(a, contracted_axes):
