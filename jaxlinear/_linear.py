@@ -5,6 +5,7 @@ the dtype, the op computes, the rule differentiates.
 """
 
 from functools import partial
+from inspect import unwrap
 from typing import Any
 
 import jax
@@ -244,8 +245,8 @@ def _derivative(statics, primals, tangents):
 
 def _layer(statics, residuals, operands):
     (_, weight, _), (x, _, bias) = residuals, operands
-    # The formula: its rule is the differential's, and an interpreter need not know it.
-    return _linear.__wrapped__(x, weight, bias, *statics)
+    # Without the rule, which is the differential's: interpreters see the formula alone.
+    return unwrap(_linear)(x, weight, bias, *statics)
 
 
 def _differential(statics, residuals, tangents):

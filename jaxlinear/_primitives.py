@@ -8,12 +8,12 @@ PRIMITIVES: tuple[Primitive, ...] = (linear_map_p,)
 """The primitives of this package, for libraries that interpret programs.
 
 Each of their equations has a parameter ``call_jaxpr``: what it computes, as a program
-of JAX's own primitives. A library that has one rule for each primitive is told with
-it::
+of JAX's own primitives. A library with a rule for each primitive takes one of a few
+lines, the same for all::
 
     def rule(*arrays, call_jaxpr, **_):
-        return interpret(jax.extend.core.jaxpr_as_fun(call_jaxpr))(*arrays)
+        return transformed(jax.extend.core.jaxpr_as_fun(call_jaxpr))(*arrays)
 
-A rule has a list of results. For what has no rules to register,
-:func:`jaxlinear.plain_autodiff` makes the layer the naive formula.
+It returns a list, of one array. A library that takes no rules finds products of its own
+in :func:`jaxlinear.plain_autodiff`.
 """
