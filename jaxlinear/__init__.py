@@ -8,6 +8,7 @@ from jaxlinear import _jet as _jet
 from jaxlinear._linear import linear as linear
 from jaxlinear._linear import save_linear_outputs as save_linear_outputs
 from jaxlinear._plain import plain_autodiff as plain_autodiff
+from jaxlinear._primitives import PRIMITIVES as PRIMITIVES
 from jaxlinear._product import ALTERNATIVE_FLOAT16 as ALTERNATIVE_FLOAT16
 from jaxlinear._product import FLOAT8 as FLOAT8
 from jaxlinear._product import FLOAT8_E4M3 as FLOAT8_E4M3

@@ -1,9 +1,10 @@
-"""A function that has a form of its own on CPUs, chosen when a program is lowered.
+"""A function that has other forms on some platforms, chosen when a program is lowered.
 
-The form depends on the CPU's instructions and on the number of devices. A program is
+The form on a CPU depends on its instructions and on the number of devices. A program is
 traced before a backend is started, or where there is no CPU backend to ask. So the
 question waits until a program is lowered for a CPU. That takes a primitive:
-`jax.lax.platform_dependent` traces its functions for all platforms.
+`jax.lax.platform_dependent` traces its functions for all platforms, and interpreters of
+programs do not enter it.
 """
 
 from functools import partial
@@ -11,51 +12,55 @@ from typing import Any, NamedTuple
 
 import jax
 from jax import lax
-from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-by_platform_p = Primitive("by_platform")
+from jaxlinear._open import OpenPrimitive, is_open
 
 
-def by_platform(form, *arrays):
-    """``form.plain(*arrays)``, and on CPUs ``form.on_cpu(*arrays, is_alone=...)``.
+def by_platform(form, *operands):
+    """``form.plain(*operands)``, or ``form.on(platform, is_alone, *operands)``.
 
-    Both return the same type of array and are linear in each argument that is
-    differentiated. ``form`` is a value with a hash, for JAX's caches. ``is_alone`` is
-    False where JAX maps or differentiates the function.
+    Both return one array of the same type. ``form`` is a value with a hash, for JAX's
+    caches. ``is_alone`` is False where JAX maps or differentiates the function.
     """
-    return by_platform_p.bind(*arrays, form=form)
+    if is_open():
+        return form.plain(*operands)
+    arrays, tree = jax.tree.flatten(operands)
+    return by_platform_p.bind(*arrays, form=form, tree=tree)[0]
 
 
-@partial(jax.jit, static_argnames="form", inline=True)
-def _plain(*arrays, form):
-    return form.plain(*arrays)
+@partial(jax.jit, static_argnames=("form", "tree"), inline=True)
+def _plain(*arrays, form, tree):
+    return [form.plain(*tree.unflatten(arrays))]
 
 
-def _on_cpu(*arrays, form):
-    return form.on_cpu(*arrays, is_alone=True)
-
-
-by_platform_p.def_impl(jax.jit(by_platform_p.bind, static_argnames="form"))
-by_platform_p.def_abstract_eval(
-    lambda *a, **p: _plain.trace(*a, **p).jaxpr.out_avals[0]
+by_platform_p = OpenPrimitive(
+    "by_platform", _plain, lambda *, tree, **_: tree.num_leaves
 )
-for _platform, _function in {None: _plain, "cpu": _on_cpu}.items():
-    _rule = mlir.lower_fun(_function, multiple_results=False)
+
+
+def _on(platform, *arrays, form, tree, call_jaxpr):
+    return [form.on(platform, True, *tree.unflatten(arrays))]
+
+
+_PLATFORMS = "cpu", "cuda", "rocm", "tpu"
+for _platform in _PLATFORMS:
+    _rule = mlir.lower_fun(partial(_on, _platform), multiple_results=True)
     mlir.register_lowering(by_platform_p, _rule, platform=_platform)
 
 
-def _jvp(primals, tangents, *, form):
-    def differentiated(*arrays):
-        on_cpu = partial(form.on_cpu, is_alone=False)
-        return lax.platform_dependent(*arrays, cpu=on_cpu, default=form.plain)
+def _jvp(primals, tangents, *, form, tree, call_jaxpr):
+    moving = {k: t for k, t in enumerate(tangents) if type(t) is not ad.Zero}
 
-    terms = [
-        differentiated(*primals[:k], tangent, *primals[k + 1 :])
-        for k, tangent in enumerate(tangents)
-        if type(tangent) is not ad.Zero
-    ]
-    return by_platform(form, *primals), sum(terms[1:], terms[0])
+    def differentiated(some):
+        arrays = [some.get(k, primal) for k, primal in enumerate(primals)]
+        forms = {p: partial(form.on, p, False) for p in _PLATFORMS}
+        operands = tree.unflatten(arrays)
+        return lax.platform_dependent(*operands, default=form.plain, **forms)
+
+    of = {k: primals[k] for k in moving}
+    _, tangent = jax.jvp(differentiated, (of,), (moving,))
+    return by_platform_p.bind(*primals, form=form, tree=tree), [tangent]
 
 
 ad.primitive_jvps[by_platform_p] = _jvp
@@ -65,26 +70,36 @@ class _Mapped(NamedTuple):
     """What `jax.vmap` makes of a form."""
 
     form: Any
-    in_axes: tuple[int | None, ...]
+    in_axes: Any
     axis_size: int
     spmd_axis_name: Any
 
-    def plain(self, *arrays):
-        return self._mapped(self.form.plain)(*arrays)
+    def plain(self, *operands):
+        return self._mapped(self.form.plain)(*operands)
 
-    def on_cpu(self, *arrays, is_alone):
-        return self._mapped(partial(self.form.on_cpu, is_alone=False))(*arrays)
+    def on(self, platform, is_alone, *operands):
+        return self._mapped(partial(self.form.on, platform, False))(*operands)
 
     def _mapped(self, function):
         size, name = self.axis_size, self.spmd_axis_name
-        return jax.vmap(function, self.in_axes, axis_size=size, spmd_axis_name=name)
+
+        def of_arrays(arrays, tree):
+            return function(*tree.unflatten(arrays))
+
+        def mapped(*operands):
+            arrays, tree = jax.tree.flatten(operands)
+            apply = partial(of_arrays, tree=tree)
+            axes = ([*self.in_axes],)
+            return jax.vmap(apply, axes, axis_size=size, spmd_axis_name=name)(arrays)
+
+        return mapped
 
 
-def _batch(axis, arrays, places, *, form):
+def _batch(axis, arrays, places, *, form, tree, call_jaxpr):
     if all(place is None for place in places):
-        return by_platform(form, *arrays), None
+        return by_platform_p.bind(*arrays, form=form, tree=tree), [None]
     mapped = _Mapped(form, tuple(places), axis.size, axis.spmd_name)
-    return by_platform(mapped, *arrays), 0
+    return by_platform_p.bind(*arrays, form=mapped, tree=tree), [0]
 
 
 batching.fancy_primitive_batchers[by_platform_p] = _batch

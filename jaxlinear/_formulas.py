@@ -5,37 +5,55 @@ operands, or quantizes them, accumulates in at least float32 and rounds to the t
 it is given.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from jaxlinear._by_platform import by_platform
 from jaxlinear._multiply import multiply_arrays
-from jaxlinear._product import accumulator
+from jaxlinear._product import Product, accumulator
 from jaxlinear._quantized import Quantized, as_operand, multiply_quantized
-from jaxlinear._sharding import rounded_over_devices
+from jaxlinear._sharding import ArrayType, rounded_over_devices
 
 
 @jax.named_scope("forward_product")
 def forward_product(X, W, B, product, Y_type):
     """Y = X Wᵀ + B. B is added in the dtype in which the product leaves."""
-
-    def leaving_in(dtype):
-        left = product._replace(preferred_element_type=dtype)
-
-        def forward(X, W, B):
-            Y = multiply(X, W, ((X.ndim - 1,), (1,)), left, Y_type.sharding)
-            if B is not None:
-                Y = Y + jnp.expand_dims(B.astype(dtype), range(Y.ndim - 1))
-            return Y.astype(Y_type.dtype)
-
-        return forward
-
     if product.preferred_element_type is not None:
-        return leaving_in(product.preferred_element_type)(X, W, B)
-    # TPUs and CPUs add the bias before anything is rounded, at no cost. XLA for GPUs
-    # would first write the float32 product to memory (tests/deep/targets).
-    rounded, wide = leaving_in(Y_type.dtype), leaving_in(accumulator(Y_type.dtype))
-    return lax.platform_dependent(X, W, B, cuda=rounded, rocm=rounded, default=wide)
+        return _forward_product(X, W, B, product, Y_type)
+    return by_platform(_ForwardProduct(product, Y_type), X, W, B)
+
+
+class _ForwardProduct(NamedTuple):
+    """The product that leaves in the dtype that costs nothing.
+
+    TPUs and CPUs add the bias before anything is rounded, at no cost. XLA for GPUs
+    would first write the float32 product to memory (tests/deep/targets).
+    """
+
+    product: Product
+    Y_type: ArrayType
+
+    def plain(self, *operands):
+        return self._leaving_in(accumulator(self.Y_type.dtype), *operands)
+
+    def on(self, platform, is_alone, *operands):
+        is_gpu = platform in ("cuda", "rocm")
+        left = self.Y_type.dtype if is_gpu else accumulator(self.Y_type.dtype)
+        return self._leaving_in(left, *operands)
+
+    def _leaving_in(self, dtype, X, W, B):
+        left = self.product._replace(preferred_element_type=dtype)
+        return _forward_product(X, W, B, left, self.Y_type)
+
+
+def _forward_product(X, W, B, product, Y_type):
+    Y = multiply(X, W, ((X.ndim - 1,), (1,)), product, Y_type.sharding)
+    if B is not None:
+        B = B.astype(product.preferred_element_type)
+        Y = Y + jnp.expand_dims(B, range(Y.ndim - 1))
+    return Y.astype(Y_type.dtype)
 
 
 @jax.named_scope("input_gradient")

@@ -1,12 +1,16 @@
 """Taylor series through the layer: a rule for `jax.experimental.jet`."""
 
+import jax
+import jax.extend
 import jax.numpy as jnp
-from jax.experimental.jet import jet_rules
+from jax.experimental.jet import jet, jet_rules
+from jax.extend.core.primitives import name_p
 
+from jaxlinear._by_platform import by_platform_p
 from jaxlinear._linear_map import linear_map_p, slots_of
 
 
-def _jet(primals, series, *, kind, tree, levels):
+def _jet(primals, series, *, kind, tree, levels, **_):
     """The series of a product: each term is a sum of those before it."""
     arguments = [[p, *s] for p, s in zip(primals, series, strict=True)]
     slots = slots_of(tree)
@@ -22,13 +26,29 @@ def _jet(primals, series, *, kind, tree, levels):
         for slot, coefficients in zip(slots, arguments, strict=True):
             a = coefficients[i if slot in residual_slots else j]
             chosen.append(jnp.zeros_like(a) if i > 0 and slot in alone else a)
-        return linear_map_p.bind(*chosen, kind=kind, tree=tree, levels=levels)
+        return linear_map_p.bind(*chosen, kind=kind, tree=tree, levels=levels)[0]
 
     first, *rest = (
         sum(term(i, order - i) for i in range(order + 1))
         for order in range(len(arguments[0]))
     )
-    return first, rest
+    return [first], [rest]
 
 
 jet_rules[linear_map_p] = _jet
+
+
+def _jet_of_form(primals, series, *, call_jaxpr, **_):
+    function = jax.extend.core.jaxpr_as_fun(call_jaxpr)
+    return jet(function, primals, series, factorial_scaled=False)
+
+
+jet_rules[by_platform_p] = _jet_of_form
+
+
+def _jet_of_name(primals, series, **parameters):
+    """The checkpoint name of Y in its derivative: the series is that of the array."""
+    return name_p.bind(*primals, **parameters), series[0]
+
+
+jet_rules.setdefault(name_p, _jet_of_name)  # JAX has none for its own.

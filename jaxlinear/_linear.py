@@ -5,6 +5,7 @@ the dtype, the op computes, the rule differentiates.
 """
 
 from functools import partial
+from inspect import unwrap
 from typing import Any
 
 import jax
@@ -149,7 +150,7 @@ def linear(
     if out_sharding is not None:
         options["out_sharding"] = out_sharding
     # Not jitted where it is the naive formula: libraries that replace
-    # `lax.dot_general` must see every call. Nor inside a program with explicit axes: XLA
+    # `lax.dot_general` must see every call. Nor in a program with explicit axes: XLA
     # would gather a sharded weight for the forward pass and again for the backward
     # (tests/test_collectives.py).
     bare = is_plain() or is_traced_with_explicit_axes(weight)
@@ -245,7 +246,8 @@ def _derivative(statics, primals, tangents):
 
 def _layer(statics, residuals, operands):
     (_, weight, _), (x, _, bias) = residuals, operands
-    return _linear(x, weight, bias, *statics)
+    # Without the rule, which is the differential's: interpreters see the formula alone.
+    return unwrap(_linear)(x, weight, bias, *statics)
 
 
 def _differential(statics, residuals, tangents):

@@ -19,10 +19,10 @@ from functools import cache, partial
 from typing import NamedTuple
 
 import jax
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching
 
 from jaxlinear._levels import Level, cotangents, depth, mapped_over, to_axis
+from jaxlinear._open import OpenPrimitive
 
 
 class Term(NamedTuple):
@@ -44,13 +44,10 @@ class LinearMap(NamedTuple):
     derivative: Callable | None = None  # of statics, primals and tangents: Y and dY
 
 
-linear_map_p = Primitive("linear_map")
-
-
 def linear_map(kind, residuals, operands):
     """``kind`` of arrays. Those that are None take no part, and have no cotangent."""
     arrays, tree = jax.tree.flatten(((*residuals,), (*operands,)))
-    return linear_map_p.bind(*arrays, kind=kind, tree=tree, levels=())
+    return linear_map_p.bind(*arrays, kind=kind, tree=tree, levels=())[0]
 
 
 @cache
@@ -69,12 +66,10 @@ def _apply(*arguments, kind, tree, levels):
     def apply(arguments):
         return kind.apply(kind.statics, *tree.unflatten(arguments))
 
-    return mapped_over(levels, slots_of(tree), apply)([*arguments])
+    return [mapped_over(levels, slots_of(tree), apply)([*arguments])]
 
 
-linear_map_p.def_impl(_apply)
-linear_map_p.def_abstract_eval(lambda *a, **p: _apply.trace(*a, **p).jaxpr.out_avals[0])
-mlir.register_lowering(linear_map_p, mlir.lower_fun(_apply, multiple_results=False))
+linear_map_p = OpenPrimitive("linear_map", _apply, lambda *, tree, **_: tree.num_leaves)
 
 
 # 2. The derivative: the map's own, if it has one. Else that of products: the same map
@@ -82,7 +77,7 @@ mlir.register_lowering(linear_map_p, mlir.lower_fun(_apply, multiple_results=Fal
 # makes of ``apply``.
 
 
-def _jvp(primals, tangents, *, kind, tree, levels):
+def _jvp(primals, tangents, *, kind, tree, levels, **_):
     moving = [None if type(t) is ad.Zero else t for t in tangents]
     if kind.derivative is None:
         return _jvp_of_products(primals, tangents, moving, kind, tree, levels)
@@ -91,7 +86,8 @@ def _jvp(primals, tangents, *, kind, tree, levels):
         return kind.derivative(kind.statics, *map(tree.unflatten, both))
 
     function = mapped_over(levels, slots_of(tree), derivative, copies=2)
-    return function([[*primals], moving])
+    Y, dY = function([[*primals], moving])
+    return [Y], [dY]
 
 
 def _jvp_of_products(primals, tangents, moving, kind, tree, levels):
@@ -101,15 +97,15 @@ def _jvp_of_products(primals, tangents, moving, kind, tree, levels):
     residuals = {k: t for k, t in enumerate(moving[:count]) if t is not None}
 
     def of_residuals(some):
-        return apply(*(some.get(k, primal) for k, primal in enumerate(primals)))
+        return apply(*(some.get(k, primal) for k, primal in enumerate(primals)))[0]
 
     dY = []
     if any(t is not None for t in moving[count:]):
-        dY += [bind(*primals[:count], *map(ad.instantiate_zeros, tangents[count:]))]
+        dY += bind(*primals[:count], *map(ad.instantiate_zeros, tangents[count:]))
     if residuals:
         of = {k: primals[k] for k in residuals}
         dY += [jax.jvp(of_residuals, (of,), (residuals,))[1]]
-    return bind(*primals), sum(dY[1:], dY[0])
+    return bind(*primals), [sum(dY[1:], dY[0])]
 
 
 ad.primitive_jvps[linear_map_p] = _jvp
@@ -118,7 +114,8 @@ ad.primitive_jvps[linear_map_p] = _jvp
 # 3. The transpose: ``transpose``, or that of each operand by itself where it is mapped.
 
 
-def _transpose(G, *arguments, kind, tree, levels):
+def _transpose(results, *arguments, kind, tree, levels, **_):
+    (G,) = results
     residuals, operands = tree.unflatten(arguments)
     wanted = [k for k, o in enumerate(operands) if ad.is_undefined_primal(o)]
     found = cotangents(wanted, ad.instantiate_zeros(G), residuals, kind, levels)
@@ -132,11 +129,11 @@ ad.primitive_transposes[linear_map_p] = _transpose
 # nothing else, the axis is one more of these: the others have one cotangent, a sum.
 
 
-def _batch(axis, arguments, places, *, kind, tree, levels):
+def _batch(axis, arguments, places, *, kind, tree, levels, **_):
     bind, slots = partial(linear_map_p.bind, kind=kind, tree=tree), slots_of(tree)
     mapped = {s for s, p in zip(slots, places, strict=True) if p is not None}
     if not mapped:
-        return bind(*arguments, levels=levels), None
+        return bind(*arguments, levels=levels), [None]
     if mapped == {slot for slot in slots if kind.leading[slot]}:
         # Behind the axes of the levels, which are the first.
         to, place = [depth(levels, slot) for slot in slots], len(levels)
@@ -144,7 +141,7 @@ def _batch(axis, arguments, places, *, kind, tree, levels):
         to, place = [0] * len(slots), 0
         axes = tuple(0 if s in mapped else None for s in range(len(kind.leading)))
         levels = (*levels, Level(axes, axis.size, axis.spmd_name))
-    return bind(*map(to_axis, arguments, places, to), levels=levels), place
+    return bind(*map(to_axis, arguments, places, to), levels=levels), [place]
 
 
 batching.fancy_primitive_batchers[linear_map_p] = _batch

@@ -44,7 +44,9 @@ class ArrayProduct(NamedTuple):
                 out_sharding=self.sharding,
             )
 
-    def on_cpu(self, a, b, *, is_alone):
+    def on(self, platform, is_alone, a, b):
+        if platform != "cpu":
+            return self.plain(a, b)
         _, precision, leaving, _ = self.product
         options = self.contracted_axes, precision, self.sharding, leaving, is_alone
         return multiply_on_cpu(a, b, Call(*options))

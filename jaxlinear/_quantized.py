@@ -107,7 +107,9 @@ class _Largest(NamedTuple):
         one = lax.optimization_barrier(jnp.ones((), array.dtype))
         return self._maximum(array * one)  # Fused, where a barrier would make a copy.
 
-    def on_cpu(self, array, *, is_alone):
+    def on(self, platform, is_alone, array):
+        if platform != "cpu":
+            return self.plain(array)
         array = lax.optimization_barrier(array)
         if self.of_finite:
             return self._maximum(array)
@@ -176,25 +178,32 @@ def multiply_quantized(a, b, contracted_axes, product, sharding):
         a, b = _with_scale_of(b, a, contracted_axes)
         a = as_operand(a, product, 0, contracted_axes[0])
     scale = _scale_of_product(a, b, contracted_axes, sharding)
-    leaving, wide = product.preferred_element_type, jnp.dtype("float32")
+    form = _ScaledProduct(contracted_axes, product, sharding)
+    return by_platform(form, a.values, b.values, scale)
 
-    def scaled(product_dtype, dtype):
-        def multiplied(a, b, scale):
-            options = contracted_axes, product.precision, product_dtype, sharding
-            Y = _multiply_values(a, b, *options).astype(dtype)
-            return (Y * scale.astype(dtype)).astype(leaving)
 
-        return multiplied
+class _ScaledProduct(NamedTuple):
+    contracted_axes: tuple[tuple[int, ...], tuple[int, ...]]
+    product: Product
+    sharding: Any
 
-    in_float32 = scaled(wide, wide)
-    if scale.ndim or leaving != jnp.bfloat16 or product.dtype[0] == "int8":
-        return in_float32(a.values, b.values, scale)
-    # XLA for GPUs makes one call of the first, with a float32 scale and one rounding.
-    # Devices add up partial sums in bfloat16, as without 8 bits.
-    gpu, tpu = scaled(leaving, leaving), scaled(leaving, wide)
-    return lax.platform_dependent(
-        a.values, b.values, scale, cuda=gpu, rocm=gpu, tpu=tpu, default=in_float32
-    )
+    def plain(self, a, b, scale):
+        return self._scaled(a, b, scale, jnp.dtype("float32"), jnp.dtype("float32"))
+
+    def on(self, platform, is_alone, a, b, scale):
+        leaving = self.product.preferred_element_type
+        is_float8 = self.product.dtype[0] != "int8"
+        if platform == "cpu" or scale.ndim or leaving != "bfloat16" or not is_float8:
+            return self.plain(a, b, scale)
+        # XLA for GPUs makes one call of it, with a float32 scale and one rounding.
+        # Devices add up partial sums in bfloat16, as without 8 bits.
+        wide = jnp.dtype("float32") if platform == "tpu" else leaving
+        return self._scaled(a, b, scale, leaving, wide)
+
+    def _scaled(self, a, b, scale, product_dtype, dtype):
+        options = self.product.precision, product_dtype, self.sharding
+        Y = _multiply_values(a, b, self.contracted_axes, *options).astype(dtype)
+        return (Y * scale.astype(dtype)).astype(self.product.preferred_element_type)
 
 
 @partial(multiply_quantized.defjvp, symbolic_zeros=True)
@@ -254,16 +263,16 @@ class _ValuesProduct(NamedTuple):
         )
         return Y.astype(self.dtype)
 
-    def on_cpu(self, a, b, *, is_alone):
+    def on(self, platform, is_alone, a, b):
         # Of several devices an operand that is cast is gathered for each product again.
-        if not has_one_device():
+        if platform != "cpu" or not has_one_device():
             return self.plain(a, b)
         # XLA has no instructions for float8 there, and for int8 none in Gᵀ X. Each
         # value is one of bfloat16, too, and each product of two is one of float32.
         a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
         wide = Product(a.dtype, self.precision, jnp.dtype("float32"))
         arrays = ArrayProduct(self.contracted_axes, wide, self.sharding)
-        return arrays.on_cpu(a, b, is_alone=is_alone).astype(self.dtype)
+        return arrays.on(platform, is_alone, a, b).astype(self.dtype)
 
 
 def _may_overflow(a, contracted_axes):

@@ -10,6 +10,8 @@ from jax import lax
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jaxlinear._by_platform import by_platform
+
 
 class ArrayType(NamedTuple):
     """The dtype of a result, and its sharding, None on a mesh without explicit axes."""
@@ -91,14 +93,20 @@ def vary_together(*operands):
 
 
 def rounded_over_devices(total, dtype):
-    """``total``, a sum over several devices, with no more bits than ``dtype`` has.
+    """``total``, a sum over several devices, with no more bits than ``dtype`` has."""
+    return by_platform(_Rounded(dtype), total)
 
-    XLA for TPUs moves a cast, even one behind a barrier, before the sum over the
-    devices. This rounding stays where it is.
-    """
-    bits = jnp.finfo(dtype)
-    return lax.platform_dependent(
-        total,
-        tpu=lambda total: lax.reduce_precision(total, bits.nexp, bits.nmant),
-        default=lambda total: total,
-    )
+
+class _Rounded(NamedTuple):
+    dtype: np.dtype
+
+    def plain(self, total):
+        return total
+
+    def on(self, platform, is_alone, total):
+        if platform != "tpu":
+            return total
+        # XLA for TPUs moves a cast, even one behind a barrier, before the sum over the
+        # devices. This rounding stays where it is.
+        bits = jnp.finfo(self.dtype)
+        return lax.reduce_precision(total, bits.nexp, bits.nmant)

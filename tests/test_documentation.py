@@ -137,6 +137,7 @@ def test_importing_the_package_needs_jax_alone():
         "FLOAT8",
         "FLOAT8_E4M3",
         "INT8",
+        "PRIMITIVES",
         "Product",
         "Products",
         "explain",

@@ -27,6 +27,7 @@ from jaxlinear import (
     _kernels,
     _levels,
     _linear,
+    _open,
     _parameters,
     _plain,
     _quantized,
@@ -527,6 +528,33 @@ def _():
 )
 def _():
     replace(_plain, "is_plain", lambda right: lambda: False)
+
+
+@mutant(
+    "a choice of platform in the program that an equation shows",
+    "test_interpreters.py::test_roofline_counts_the_operations_of_a_layer",
+)
+def _():
+    replace(_open, "platform_dependent", lambda right: jax.lax.platform_dependent)
+
+
+@mutant(
+    "what checkify has made is differentiated without the rule",
+    "test_interpreters.py::test_what_checkify_has_made_is_differentiated_by_the_rule",
+)
+def _():
+    def of_the_program(self, values, checked, **params):
+        return checked.call_wrapped(*values)
+
+    _open.OpenPrimitive._bind_checked = of_the_program
+
+
+@mutant(
+    "the checks of a layer are differentiated",
+    "test_interpreters.py::test_the_checks_of_a_layer_are_not_differentiated",
+)
+def _():
+    replace_in_library(_open, "lax", stop_gradient=lambda right: lambda values: values)
 
 
 @mutant(

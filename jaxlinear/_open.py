@@ -1,0 +1,64 @@
+"""Primitives that show what they compute to interpreters that do not know them.
+
+JAX has one word for "look inside": the parameter ``call_jaxpr``, a program. checkify
+and roofline enter it, and any interpreter of JAX's own calls can. Without it, checkify
+would miss a NaN in silence, and roofline would count nothing.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+
+# Part of the key of JAX's caches, as in `_plain.py`.
+_is_open = jax.make_user_context(default_value=False)
+
+
+def is_open():
+    """Whether a program is made to be shown: of JAX's own primitives alone."""
+    return _is_open.value
+
+
+class OpenPrimitive(Primitive):
+    """A primitive whose equations carry what they compute, in ``call_jaxpr``.
+
+    It has a list of results. ``compute`` of arrays and of parameters is jitted, and
+    returns that list; ``count`` of the parameters is how many arrays there are. The
+    program is derived from the other parameters each time an equation is made, and is
+    neither differentiated nor compiled: rules may ignore it.
+    """
+
+    multiple_results = True
+
+    def __init__(self, name: str, compute: Any, count: Callable[..., int]):
+        super().__init__(name)
+        self._compute, self._count = compute, count
+
+        def computed(*arrays, call_jaxpr, **params):
+            return compute(*arrays, **params)
+
+        self.def_impl(computed)
+        self.def_abstract_eval(lambda *_, call_jaxpr, **params: call_jaxpr.out_avals)
+        mlir.register_lowering(self, mlir.lower_fun(computed, multiple_results=True))
+
+    def bind(self, *arrays, call_jaxpr=None, subfuns=(), **params):
+        if subfuns:
+            return self._bind_checked(arrays, *subfuns, **params)
+        with _is_open(True):
+            program = self._compute.trace(*map(jax.typeof, arrays), **params).jaxpr
+        return super().bind(*arrays, call_jaxpr=program, **params)
+
+    def _bind_checked(self, values, checked, **params):
+        """What checkify binds: ``checked`` is ``call_jaxpr`` with its checks.
+
+        Behind errors that were found before come our arrays. The results are those of
+        the primitive, which has derivatives of its own; the program is run beside it,
+        for the errors.
+        """
+        arrays = values[len(values) - self._count(**params) :]
+        results = self.bind(*arrays, **params)
+        found = checked.call_wrapped(*map(lax.stop_gradient, values))
+        return [*found[: len(found) - len(results)], *results]

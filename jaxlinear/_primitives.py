@@ -1,0 +1,20 @@
+"""What programs of ours have beside JAX's own primitives."""
+
+from jax.extend.core import Primitive
+
+from jaxlinear._by_platform import by_platform_p
+from jaxlinear._linear_map import linear_map_p
+
+PRIMITIVES: tuple[Primitive, ...] = (linear_map_p, by_platform_p)
+"""The primitives of this package, for libraries that interpret programs.
+
+Each of their equations has a parameter ``call_jaxpr``: what it computes, as a program
+of JAX's own primitives. A library with a rule for each primitive takes one of a few
+lines, the same for all::
+
+    def rule(*arrays, call_jaxpr, **_):
+        return transformed(jax.extend.core.jaxpr_as_fun(call_jaxpr))(*arrays)
+
+It returns a list, of one array. A library that takes no rules finds products of its own
+in :func:`jaxlinear.plain_autodiff`.
+"""
