@@ -3,8 +3,10 @@
 The form on a CPU depends on its instructions and on the number of devices. A program is
 traced before a backend is started, or where there is no CPU backend to ask. So the
 question waits until a program is lowered for a CPU. That takes a primitive:
-`jax.lax.platform_dependent` traces its functions for all platforms, and interpreters of
-programs do not enter it.
+`jax.lax.platform_dependent` traces its functions for all platforms.
+
+Each has its readers. Policies of `jax.checkpoint` enter the choice that JAX has, and so
+find a product that they save; checkify, roofline and other interpreters enter ours.
 """
 
 from functools import partial
@@ -20,13 +22,24 @@ from jaxlinear._open import OpenPrimitive, is_open
 def by_platform(form, *operands):
     """``form.plain(*operands)``, or ``form.on(platform, is_alone, *operands)``.
 
-    Both return one array of the same type. ``form`` is a value with a hash, for JAX's
-    caches. ``is_alone`` is False where JAX maps or differentiates the function.
+    Both return one array of the same type, and differ on ``form.platforms``. The form
+    is a value with a hash, for JAX's caches. ``is_alone`` is False where JAX maps or
+    differentiates the function.
     """
     if is_open():
         return form.plain(*operands)
     arrays, tree = jax.tree.flatten(operands)
     return by_platform_p.bind(*arrays, form=form, tree=tree)[0]
+
+
+def visible_by_platform(form, *operands):
+    """The same, but for policies of ``jax.checkpoint`` to see, on all but CPUs."""
+    if is_open():
+        return form.plain(*operands)
+    forms = {platform: partial(form.on, platform, True) for platform in form.platforms}
+    if "cpu" in forms:
+        forms["cpu"] = partial(by_platform, form)
+    return lax.platform_dependent(*operands, default=form.plain, **forms)
 
 
 @partial(jax.jit, static_argnames=("form", "tree"), inline=True)
@@ -43,8 +56,7 @@ def _on(platform, *arrays, form, tree, call_jaxpr):
     return [form.on(platform, True, *tree.unflatten(arrays))]
 
 
-_PLATFORMS = "cpu", "cuda", "rocm", "tpu"
-for _platform in _PLATFORMS:
+for _platform in "cpu", "cuda", "rocm", "tpu":
     _rule = mlir.lower_fun(partial(_on, _platform), multiple_results=True)
     mlir.register_lowering(by_platform_p, _rule, platform=_platform)
 
@@ -54,7 +66,7 @@ def _jvp(primals, tangents, *, form, tree, call_jaxpr):
 
     def differentiated(some):
         arrays = [some.get(k, primal) for k, primal in enumerate(primals)]
-        forms = {p: partial(form.on, p, False) for p in _PLATFORMS}
+        forms = {p: partial(form.on, p, False) for p in form.platforms}
         operands = tree.unflatten(arrays)
         return lax.platform_dependent(*operands, default=form.plain, **forms)
 
@@ -73,6 +85,10 @@ class _Mapped(NamedTuple):
     in_axes: Any
     axis_size: int
     spmd_axis_name: Any
+
+    @property
+    def platforms(self):
+        return self.form.platforms
 
     def plain(self, *operands):
         return self._mapped(self.form.plain)(*operands)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlinear._by_platform import by_platform
+from jaxlinear._by_platform import visible_by_platform
 from jaxlinear._multiply import multiply_arrays
 from jaxlinear._product import Product, accumulator
 from jaxlinear._quantized import Quantized, as_operand, multiply_quantized
@@ -22,7 +22,7 @@ def forward_product(X, W, B, product, Y_type):
     """Y = X Wᵀ + B. B is added in the dtype in which the product leaves."""
     if product.preferred_element_type is not None:
         return _forward_product(X, W, B, product, Y_type)
-    return by_platform(_ForwardProduct(product, Y_type), X, W, B)
+    return visible_by_platform(_ForwardProduct(product, Y_type), X, W, B)
 
 
 class _ForwardProduct(NamedTuple):
@@ -34,6 +34,8 @@ class _ForwardProduct(NamedTuple):
 
     product: Product
     Y_type: ArrayType
+
+    platforms = "cuda", "rocm"
 
     def plain(self, *operands):
         return self._leaving_in(accumulator(self.Y_type.dtype), *operands)

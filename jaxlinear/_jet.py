@@ -3,8 +3,9 @@
 import jax
 import jax.extend
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.jet import jet, jet_rules
-from jax.extend.core.primitives import name_p
+from jax.extend.core.primitives import cond_p, name_p
 
 from jaxlinear._by_platform import by_platform_p
 from jaxlinear._linear_map import linear_map_p, slots_of
@@ -51,4 +52,23 @@ def _jet_of_name(primals, series, **parameters):
     return name_p.bind(*primals, **parameters), series[0]
 
 
-jet_rules.setdefault(name_p, _jet_of_name)  # JAX has none for its own.
+def _jet_of_choice(primals, series, *, branches, branches_platforms=None, **_):
+    """A choice of platform, and any other: the series of each branch."""
+    index, *operands = primals
+
+    def of(branch):
+        function = jax.extend.core.jaxpr_as_fun(branch)
+        return lambda *both: jet(function, *both, factorial_scaled=False)
+
+    functions, both = [of(branch) for branch in branches], (operands, series[1:])
+    if branches_platforms is None:
+        return lax.switch(index, functions, *both)
+    named = list(zip(functions, branches_platforms, strict=True))
+    (default,) = (function for function, names in named if names is None)
+    forms = {name: function for function, names in named for name in names or ()}
+    return lax.platform_dependent(*both, default=default, **forms)
+
+
+# JAX has none for its own.
+jet_rules.setdefault(name_p, _jet_of_name)
+jet_rules.setdefault(cond_p, _jet_of_choice)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlinear._by_platform import by_platform
+from jaxlinear._by_platform import by_platform, visible_by_platform
 from jaxlinear._cpu import Call, has_own_form, multiply_on_cpu
 from jaxlinear._plain import dot_general
 from jaxlinear._product import Product
@@ -19,11 +19,13 @@ def multiply_arrays(a, b, contracted_axes, product, sharding, hint=""):
     may multiply it in their alternative float16.
     """
     a, b = a.astype(product.operand_dtype), b.astype(product.operand_dtype)
-    hint = hint if product.is_alternative_float16 else ""
-    form = ArrayProduct(contracted_axes, product, sharding, hint)
-    if has_own_form(a, b, contracted_axes, product.precision, sharding):
-        return by_platform(form, a, b)
-    return form.plain(a, b)
+    hinted = hint if product.is_alternative_float16 else ""
+    form = ArrayProduct(contracted_axes, product, sharding, hinted)
+    if not has_own_form(a, b, contracted_axes, product.precision, sharding):
+        return form.plain(a, b)
+    # A policy saves a forward product, never one of the backward pass.
+    chosen = by_platform if hint else visible_by_platform
+    return chosen(form, a, b)
 
 
 class ArrayProduct(NamedTuple):
@@ -31,6 +33,8 @@ class ArrayProduct(NamedTuple):
     product: Product
     sharding: NamedSharding | PartitionSpec | None
     hint: str = ""
+
+    platforms = ("cpu",)
 
     def plain(self, a, b):
         hinted = set_xla_metadata(**{self.hint: "true"}) if self.hint else _UNHINTED

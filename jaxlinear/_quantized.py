@@ -16,7 +16,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
-from jaxlinear._by_platform import by_platform
+from jaxlinear._by_platform import by_platform, visible_by_platform
 from jaxlinear._cpu import has_one_device
 from jaxlinear._multiply import ArrayProduct, multiply_arrays
 from jaxlinear._plain import dot_general
@@ -103,6 +103,8 @@ class _Largest(NamedTuple):
     axes: tuple[int, ...]
     of_finite: bool
 
+    platforms = ("cpu",)
+
     def plain(self, array):
         one = lax.optimization_barrier(jnp.ones((), array.dtype))
         return self._maximum(array * one)  # Fused, where a barrier would make a copy.
@@ -178,8 +180,14 @@ def multiply_quantized(a, b, contracted_axes, product, sharding):
         a, b = _with_scale_of(b, a, contracted_axes)
         a = as_operand(a, product, 0, contracted_axes[0])
     scale = _scale_of_product(a, b, contracted_axes, sharding)
-    form = _ScaledProduct(contracted_axes, product, sharding)
-    return by_platform(form, a.values, b.values, scale)
+    form, operands = (
+        _ScaledProduct(contracted_axes, product, sharding),
+        (a.values, b.values),
+    )
+    is_one = product.preferred_element_type == "bfloat16" and not scale.ndim
+    if is_one and product.dtype[0] != "int8":
+        return visible_by_platform(form, *operands, scale)
+    return form.plain(*operands, scale)
 
 
 class _ScaledProduct(NamedTuple):
@@ -187,14 +195,13 @@ class _ScaledProduct(NamedTuple):
     product: Product
     sharding: Any
 
+    platforms = "cuda", "rocm", "tpu"
+
     def plain(self, a, b, scale):
         return self._scaled(a, b, scale, jnp.dtype("float32"), jnp.dtype("float32"))
 
     def on(self, platform, is_alone, a, b, scale):
         leaving = self.product.preferred_element_type
-        is_float8 = self.product.dtype[0] != "int8"
-        if platform == "cpu" or scale.ndim or leaving != "bfloat16" or not is_float8:
-            return self.plain(a, b, scale)
         # XLA for GPUs makes one call of it, with a float32 scale and one rounding.
         # Devices add up partial sums in bfloat16, as without 8 bits.
         wide = jnp.dtype("float32") if platform == "tpu" else leaving
@@ -242,7 +249,7 @@ def _scale_of_product(a, b, contracted_axes, sharding):
 def _multiply_values(a, b, contracted_axes, precision, dtype, sharding):
     """The product of 8-bit values, with a result of ``dtype``."""
     form = _ValuesProduct(contracted_axes, precision, dtype, sharding)
-    return by_platform(form, a, b)
+    return visible_by_platform(form, a, b)
 
 
 class _ValuesProduct(NamedTuple):
@@ -250,6 +257,8 @@ class _ValuesProduct(NamedTuple):
     precision: Any
     dtype: np.dtype
     sharding: Any
+
+    platforms = ("cpu",)
 
     def plain(self, a, b):
         is_short = a.dtype == "int8" and not _may_overflow(a, self.contracted_axes[0])

@@ -100,6 +100,8 @@ def rounded_over_devices(total, dtype):
 class _Rounded(NamedTuple):
     dtype: np.dtype
 
+    platforms = ("tpu",)
+
     def plain(self, total):
         return total
 
