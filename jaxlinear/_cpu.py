@@ -118,7 +118,10 @@ def _low_form(a, b, dtype, contracted_axes, precision, sharding):
         wide, axes = accumulator(dtype), contracted_axes
         if is_transposed and sharding is None and _is_better_flat(a, b):
             a, b, axes = _rows(a), _rows(b), ((0,), (0,))
-        return _dot(a.astype(wide), b.astype(wide), axes, precision, sharding)
+        a, b = a.astype(wide), b.astype(wide)
+        if dtype == "bfloat16" and contracted_axes[1] == (1,):  # X Wᵀ
+            a, b = _kept_rounded(a), _kept_rounded(b)
+        return _dot(a, b, axes, precision, sharding)
 
     # Only bfloat16 has a native path, and at one row memory is the limit.
     if dtype != "bfloat16" or _is_one_row(a) or bfloat16_form() == WIDENED:
@@ -147,6 +150,17 @@ def _low_form(a, b, dtype, contracted_axes, precision, sharding):
         return lax.optimization_barrier(dot(a, b, *options))
 
     return _where_alone(fenced, widened)
+
+
+def _kept_rounded(operand):
+    """A float32 operand that was cast from bfloat16, in no more bits than that.
+
+    XLA may drop the cast of an activation to bfloat16 before one to float32, and does
+    where the product has no gradient: training and evaluation would differ. It is part
+    of the cast, at no cost. In one kernel of YNNPACK with several casts and ReLUs
+    (JAX 0.12.0.1) a constant is not initialized; this ends the kernel before that.
+    """
+    return lax.reduce_precision(operand, exponent_bits=8, mantissa_bits=7)
 
 
 def _dot(a, b, contracted_axes, precision, sharding):
