@@ -123,9 +123,9 @@ def linear(
       ValueError: if the shapes are not those above, a precision is unknown, or no
         platform multiplies the 8-bit operands that a product asks for.
       TypeError: if an argument is no array, a dtype is neither floating nor complex, or
-        has 8 bits, or is real while an argument is complex, or a product cannot have the
-        ``preferred_element_type`` that was asked for; or if a second derivative is
-        asked for of what is kept in 8 bits.
+        has less than 16 bits, or is real while an argument is complex, or a product
+        cannot have the ``preferred_element_type`` that was asked for; or if a second
+        derivative is asked for of what is kept in 8 bits.
 
     The formulas are those of ``torch.nn.Linear``:
     https://docs.pytorch.org/docs/stable/generated/torch.nn.Linear.html
