@@ -1,5 +1,7 @@
 """Write the figures of README and of the documentation from the results, or check them.
 
+With the figures, the plots of speed are drawn; they are not checked.
+
     python -m benchmarks.pages [--check]
 
 The results are in ``benchmarks/results``: of two kinds of CPU, with bfloat16
@@ -16,7 +18,7 @@ import collections
 import difflib
 import json
 
-from benchmarks import results_file
+from benchmarks import plots, results_file
 from benchmarks.aot import study
 from benchmarks.machine import PRODUCT_FILES, ROOT, digest
 from benchmarks.marked import written
@@ -58,6 +60,9 @@ def main():
         print(*difflib.unified_diff(*lines, *names, n=0, lineterm=""), sep="\n")
     if changes and is_check:
         raise SystemExit(1)
+    if not is_check:
+        document = results_file.read(RESULTS / FILES["with"])
+        plots.draw(document, ROOT / "docs", prefix="speed-")
 
 
 def changed_pages(pages, parts):

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from benchmarks.rows import rows_of
 
 
-def draw(document, folder):
+def draw(document, folder, prefix=""):
     """Write those of the plots for which there are results; returns their paths."""
     steps = [row for row in rows_of(document) if row.mode == "step"]
     growth = [row for row in steps if row.workload.startswith("growth ")]
@@ -21,7 +21,7 @@ def draw(document, folder):
         if rows:
             figure = plot(rows, document)
             figure.text(0.01, 0.005, caption(document), fontsize=7, color="gray")
-            paths.append(folder / f"{name}.png")
+            paths.append(folder / f"{prefix}{name}.png")
             figure.savefig(paths[-1], dpi=150)
     return paths
 
@@ -49,11 +49,13 @@ def ratio(rows, document):
                 if row.dtype == dtype and row.library == library
             }
             places = [k for k, w in enumerate(workloads) if w in found]
-            lengths = [found[workloads[k]].ratio for k in places]
+            # From one on: what is slower than ours to the right, what is faster left.
+            lengths = [found[workloads[k]].ratio - 1 for k in places]
             ax.barh(
                 [k + (i + 0.5) * height - 0.425 for k in places],
                 lengths,
                 height,
+                left=1,
                 label=library,
             )
         ax.axvline(1, color="black", linewidth=0.8)

@@ -4,7 +4,7 @@ import numpy as np
 from rich.table import Table
 
 from benchmarks.rows import OURS, rows_of
-from benchmarks.workloads import MODES
+from benchmarks.workloads import DTYPES, MODES, RECIPES
 
 
 def tables(document):
@@ -15,7 +15,10 @@ def tables(document):
             chosen = [r for r in rows if r.dtype == dtype and r.mode == mode]
             if chosen:
                 yield _own_table(f"jaxlinear: {dtype}, {mode}", chosen)
-                yield _ratio_table(f"time / jaxlinear's time: {dtype}, {mode}", chosen)
+                name = f"{dtype}, {mode}"
+                if dtype in RECIPES:
+                    name += f"; the others compute in {DTYPES[dtype][0]}"
+                yield _ratio_table(f"time / jaxlinear's time: {name}", chosen)
     yield _overhead_table(document["overhead"])
 
 

@@ -86,13 +86,13 @@ def main(folder: Path | None = None):
     X = nnx.relu(model.hidden1(jnp.asarray(images)))
     ours, flax = weight_gradient_errors(model.hidden2, X)
     print(f"error of a weight gradient: {ours:.1e}, with Flax's layer {flax:.1e}")
-    figure = Figure(figsize=(9, 3.5))
-    left, right = figure.subplots(1, 2)
+    left, right = (figure := Figure((9, 3.5), layout="constrained")).subplots(1, 2)
     left.semilogy(losses)
     left.set(title="loss", xlabel="step")
     right.bar(["jaxlinear", "nnx.Linear"], [ours, flax])
     right.set(title="error of a weight gradient", yscale="log", ylim=(1e-8, 1))
     figure.savefig("digits_nnx.png", dpi=120)
+    print("written: digits_nnx.png")
 
 
 if __name__ == "__main__":

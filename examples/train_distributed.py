@@ -2,8 +2,8 @@
 
     python examples/launch.py 2 examples/train_distributed.py --sharding fsdp
 
-trains in two processes. On a TPU pod, or a cluster that JAX knows, start this program
-itself on every host. Stopped or killed, it goes on, also with another number of them.
+trains in two processes. On a TPU pod, or a cluster that JAX knows, start this on every
+host. Stopped or killed, it goes on, also with another number of processes.
 """
 
 import argparse
@@ -53,9 +53,9 @@ def train(sharding, steps):
 
     def make():
         rngs = nnx.Rngs(0)
-        embed, blocks = nnx.Embed(256, WIDTH, rngs=rngs), (Block(rngs), Block(rngs))
-        model = nnx.Sequential(embed, *blocks, nnx.Linear(WIDTH, 256, rngs=rngs))
-        jaxlinear.nnx.convert(model)  # Our layer in the place of each of Flax's.
+        embed = nnx.Embed(256, WIDTH, rngs=rngs)  # A dtype would be that of its sums.
+        layers = Block(rngs), Block(rngs), nnx.Linear(WIDTH, 256, rngs=rngs)
+        jaxlinear.nnx.convert(model := nnx.Sequential(embed, *layers))
         return model, nnx.Optimizer(model, optax.sgd(0.05, 0.9), wrt=nnx.Param)
 
     def placed(leaf):

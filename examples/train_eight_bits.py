@@ -92,6 +92,7 @@ def main():
     axes.legend()
     axes.set(xlabel="step", ylabel="loss")
     figure.savefig("eight-bits.png", dpi=120)
+    print("written: eight-bits.png")
 
 
 if __name__ == "__main__":

@@ -75,6 +75,13 @@ def check_shapes(x, weight, bias):
             f"`weight` must be a matrix (out, in), got shape {weight.shape}"
         )
     if x.shape[-1] != weight.shape[1]:
+        bias_fits = bias is None or bias.shape == weight.shape[1:]
+        if x.shape[-1] == weight.shape[0] and bias_fits:
+            raise ValueError(
+                f"`weight` must be (out, in), with the {x.shape[-1]} elements of `x`"
+                f" along its last axis, got shape {weight.shape}. Did you mean"
+                " `weight.T`?"
+            )
         raise ValueError(
             f"`x` must have {weight.shape[1]} elements along its last axis, as `weight`"
             f" of shape {weight.shape} does, got shape {x.shape}"
@@ -94,24 +101,65 @@ def check_input(x):
 # Dtypes.
 
 
-def checked_dtype(name, dtype):
-    """``dtype`` as a floating or complex NumPy dtype."""
+def checked_dtype(name, dtype, bits=16, also=""):
+    """``dtype`` as a floating or complex NumPy dtype of at least ``bits``.
+
+    The caller has looked for the one that is ``also`` taken.
+    """
     # NumPy takes None for float64, and an array for its dtype.
     if not isinstance(dtype, (str, np.dtype, type)):
-        raise TypeError(f"`{name}` must be a floating or complex dtype, got {dtype!r}")
-    return _checked_dtype(name, dtype)
+        known = str(dtype).rpartition(".")[2]  # As of torch.bfloat16.
+        advice = f". Did you mean {known!r}?" if known in _DTYPES else ""
+        raise TypeError(
+            f"`{name}` must be a floating or complex dtype{also}, got {dtype!r}{advice}"
+        )
+    return _checked_dtype(name, dtype, bits, also)
 
 
 @functools.cache  # It takes a tenth of the time of a call of `linear`.
-def _checked_dtype(name, dtype):
-    required = f"`{name}` must be a floating or complex dtype"
+def _checked_dtype(name, dtype, bits, also):
+    required = f"`{name}` must be a floating or complex dtype{also}"
     try:
         checked = jnp.dtype(dtype)
     except TypeError:
-        raise TypeError(f"{required}, got {dtype!r}") from None
+        got = f"{dtype!r}{_similar_dtype(dtype, bits)}"
+        raise TypeError(f"{required}, got {got}") from None
     if not jnp.issubdtype(checked, jnp.inexact):
-        raise TypeError(f"{required}, got {checked}")
+        is_meant = bits > 8 and checked == "int8"
+        advice = _similar_dtype(checked, bits) if is_meant else ""
+        raise TypeError(f"{required}, got {checked}{advice}")
+    found = jnp.finfo(checked).bits
+    if found > 64:  # NumPy's "f16" has 16 bytes.
+        got = f"{dtype!r}{_similar_dtype(dtype, bits)}"
+        raise TypeError(f"{required} of JAX's, got {got}")
+    if found < bits:  # Unscaled, large values would become NaN.
+        got = f"{checked}{_similar_dtype(checked, bits)}"
+        raise TypeError(f"{required} of at least {bits} bits, got {got}")
     return checked
+
+
+_DTYPES = ["bfloat16", "float16", "float32", "float64", "complex64", "complex128"]
+_EIGHT_BITS = {"float8_e4m3fn": "FLOAT8", "float8_e5m2": "FLOAT8", "int8": "INT8"}
+_SHORT_DTYPES = {"bf16": "bfloat16", "fp8": "float8_e4m3fn", "f8": "float8_e4m3fn"}
+_SHORT_DTYPES |= {f"{f}{n}": f"float{n}" for f in ("f", "fp") for n in (16, 32, 64)}
+
+
+def _meant_dtype(dtype):
+    """The name of the dtype that a user may have meant, or None."""
+    name = str(dtype).lower()
+    known = [*_DTYPES, *_EIGHT_BITS]
+    close = difflib.get_close_matches(_SHORT_DTYPES.get(name, name), known)
+    return close[0] if close else None
+
+
+def _similar_dtype(dtype, bits):
+    """The question whether another dtype is meant, or a recipe of 8 bits."""
+    meant = _meant_dtype(dtype)
+    if meant is None:
+        return ""
+    if meant in _EIGHT_BITS and bits > 8:  # The dtype of a layer.
+        return f". Did you mean `products=jaxlinear.{_EIGHT_BITS[meant]}`?"
+    return f". Did you mean {meant!r}?"
 
 
 def checked_optional_dtype(name, dtype):
@@ -120,7 +168,7 @@ def checked_optional_dtype(name, dtype):
 
 def checked_param_dtype(param_dtype):
     """A dtype in which parameters can be drawn: with a sign and, at least, 8 bits."""
-    checked = checked_dtype("param_dtype", param_dtype)
+    checked = checked_dtype("param_dtype", param_dtype, bits=0)
     limits = jnp.finfo(checked)
     if limits.bits < 8 or not limits.min < 0:
         raise TypeError(
@@ -150,9 +198,8 @@ def checked_products(products, precision, dtype=None):
     """
     products = Products() if products is None else products
     if not isinstance(products, Products):
-        raise TypeError(
-            f"`products` must be a jaxlinear.Products, got {type(products).__name__}"
-        )
+        got = _got_for_products(products)
+        raise TypeError(f"`products` must be a jaxlinear.Products, got {got}")
     precision = checked_precision("precision", precision)
 
     def checked(field, product):
@@ -163,9 +210,8 @@ def checked_products(products, precision, dtype=None):
 
 def _checked_product(name, product, precision, dtype):
     if not isinstance(product, Product):
-        raise TypeError(
-            f"`{name}` must be a jaxlinear.Product, got {type(product).__name__}"
-        )
+        got = _got_for_product(name.removeprefix("products."), product)
+        raise TypeError(f"`{name}` must be a jaxlinear.Product, got {got}")
     if product.precision is not None:
         precision = checked_precision(f"{name}.precision", product.precision)
     own = _checked_operands(name, product)
@@ -177,6 +223,46 @@ def _checked_product(name, product, precision, dtype):
     if dtype is not None or own is not None:
         _check_kinds(name, product, dtype)
     return product
+
+
+_RECIPES = "FLOAT8", "FLOAT8_E4M3", "INT8", "ALTERNATIVE_FLOAT16"
+
+
+def _got_for_products(value):
+    """What came in the place of a `Products`, and what may be meant by it."""
+    kind = type(value).__name__
+    if isinstance(value, Product):
+        return f"{kind}: say for which, as in `Products(weight_grad=...)`"
+    if isinstance(value, Mapping):
+        return f"{kind}. Did you mean `Products(**...)`?"
+    if isinstance(value, tuple | list):
+        return f"{kind}. Did you mean `Products(*...)`?"
+    name = value if isinstance(value, str) else _name_of_dtype(value)
+    meant = _meant_dtype(name)
+    if name.upper() in _RECIPES:
+        return f"{name!r}. Did you mean `jaxlinear.{name.upper()}`?"
+    if name in _PRECISIONS and name not in _DTYPES:
+        return f"{name!r}. Did you mean `precision={name!r}`?"
+    if meant in _EIGHT_BITS:
+        return f"{name!r}. Did you mean `jaxlinear.{_EIGHT_BITS[meant]}`?"
+    if meant:
+        return f"{name!r}. Did you mean `dtype={meant!r}`?"
+    return repr(value) if isinstance(value, str) else kind
+
+
+def _name_of_dtype(value):
+    name = getattr(value, "__name__", str(value))
+    return name if name in (*_DTYPES, *_EIGHT_BITS) else ""
+
+
+def _got_for_product(field, value):
+    """What came in the place of a `Product`, and what may be meant by it."""
+    if isinstance(value, Products):
+        return f"Products. Did you mean its `{field}`?"
+    name = value if isinstance(value, str) else _name_of_dtype(value)
+    if meant := _meant_dtype(name):
+        return f"{name!r}. Did you mean `Product({meant!r})`?"
+    return type(value).__name__
 
 
 def _checked_operands(name, product):
@@ -215,7 +301,7 @@ def _checked_element(name, dtype, also):
     is_dtype = isinstance(dtype, (str, np.dtype, type))
     if is_dtype and also in (dtype, getattr(dtype, "__name__", None)):
         return jnp.dtype(also)
-    return checked_dtype(name, dtype)
+    return checked_dtype(name, dtype, bits=0, also=also and f" or {also}")
 
 
 def _checked_scaling(name, product, own):

@@ -220,8 +220,21 @@ def _widened(a, b, call):
     is_free = _is_transposed(a, call) and call.sharding is None
     if is_free and call.is_alone and _is_better_flat(a, b):
         a, b, call = _rows(a), _rows(b), call._replace(contracted_axes=((0,), (0,)))
-    wide = accumulator(a.dtype)
-    return _dot(a.astype(wide), b.astype(wide), call)
+    wide = [operand.astype(accumulator(operand.dtype)) for operand in (a, b)]
+    if a.dtype == "bfloat16" and call.contracted_axes[1] == (1,):  # X Wᵀ
+        wide = map(_kept_rounded, wide)
+    return _dot(*wide, call)
+
+
+def _kept_rounded(operand):
+    """A float32 operand that was cast from bfloat16, in no more bits than that.
+
+    XLA may drop the cast of an activation to bfloat16 before one to float32, and does
+    where the product has no gradient: training and evaluation would differ. It is part
+    of the cast, at no cost. In one kernel of YNNPACK with several casts and ReLUs
+    (JAX 0.12.0.1) a constant is not initialized; this ends the kernel before that.
+    """
+    return lax.reduce_precision(operand, exponent_bits=8, mantissa_bits=7)
 
 
 def _fenced(a, b, call, dot=None):

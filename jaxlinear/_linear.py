@@ -91,8 +91,8 @@ def linear(
       weight: matrix (out, in), the layout of PyTorch.
       bias: vector (out,), or None. It is added in the dtype in which the product leaves
         its accumulator.
-      dtype: floating or complex dtype of the products' operands and of the result.
-        Default: the promoted dtype of the arguments.
+      dtype: floating or complex dtype of the products' operands and of the result, of
+        16 bits or more. Default: the promoted dtype of the arguments.
       precision: precision of the three products, as in :func:`jax.lax.dot_general`.
         TensorFloat32 is ``"tensorfloat32"``, or ``"TF32_TF32_F32"`` and
         ``"TF32_TF32_F32_X3"`` where the device must have it. Default:
@@ -124,9 +124,9 @@ def linear(
       ValueError: if the shapes are not those above, a precision is unknown, or no
         platform multiplies the 8-bit operands that a product asks for.
       TypeError: if an argument is no array, a dtype is neither floating nor complex, or
-        is real while an argument is complex, or a product cannot have the
-        ``preferred_element_type`` that was asked for; or if a second derivative is
-        asked for of what is kept in 8 bits.
+        has less than 16 bits, or is real while an argument is complex, or a product
+        cannot have the ``preferred_element_type`` that was asked for; or if a second
+        derivative is asked for of what is kept in 8 bits.
 
     The formulas are those of ``torch.nn.Linear``:
     https://docs.pytorch.org/docs/stable/generated/torch.nn.Linear.html

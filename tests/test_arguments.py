@@ -51,6 +51,24 @@ REFUSED = {
         "`x` must have 3 elements along its last axis, as `weight` of shape (4, 3)"
         " does, got shape (3, 2)",
     ),
+    "kernel (in, out) for the weight": (
+        (X, W.T, B),
+        ValueError,
+        "`weight` must be (out, in), with the 3 elements of `x` along its last axis,"
+        " got shape (3, 4). Did you mean `weight.T`?",
+    ),
+    "kernel (in, out) without a bias, and a vector": (
+        (X[0], W.T, None),
+        ValueError,
+        "`weight` must be (out, in), with the 3 elements of `x` along its last axis,"
+        " got shape (3, 4). Did you mean `weight.T`?",
+    ),
+    "weight that its transpose would not mend, for the bias": (
+        (X, W.T, B[:2]),
+        ValueError,
+        "`x` must have 4 elements along its last axis, as `weight` of shape (3, 4)"
+        " does, got shape (2, 3)",
+    ),
     "bias of one element": (
         (X, W, B[:1]),
         ValueError,
@@ -123,7 +141,39 @@ REFUSED = {
         (X, W, B),
         {"dtype": "float31"},
         TypeError,
-        "`dtype` must be a floating or complex dtype, got 'float31'",
+        "`dtype` must be a floating or complex dtype, got 'float31'. Did you mean"
+        " 'float32'?",
+    ),
+    **{
+        f"{given} as dtype": (
+            (X, W, B),
+            {"dtype": given},
+            TypeError,
+            f"`dtype` must be a floating or complex dtype{required}, got {got}. Did you"
+            f" mean {meant}?",
+        )
+        for given, required, got, meant in [
+            ("bf16", "", "'bf16'", "'bfloat16'"),
+            ("BF16", "", "'BF16'", "'bfloat16'"),
+            ("fp16", "", "'fp16'", "'float16'"),
+            ("f16", " of JAX's", "'f16'", "'float16'"),
+            ("f32", "", "'f32'", "'float32'"),
+            ("bfloat", "", "'bfloat'", "'bfloat16'"),
+            ("fp8", "", "'fp8'", "`products=jaxlinear.FLOAT8`"),
+            ("int8", "", "int8", "`products=jaxlinear.INT8`"),
+            # Unscaled, an activation above 448 would be NaN.
+            *(
+                (kind, " of at least 16 bits", kind, "`products=jaxlinear.FLOAT8`")
+                for kind in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz")
+            ),
+        ]
+    },
+    "short dtype of a product": (
+        (X, W, B),
+        own(dtype="fp8"),
+        TypeError,
+        f"{DTYPE} a floating or complex dtype or int8, got 'fp8'. Did you mean"
+        " 'float8_e4m3fn'?",
     ),
     "list as dtype": (
         (X, W, B),
@@ -170,13 +220,55 @@ REFUSED = {
         (X, W, B),
         {"products": Product("bfloat16")},
         TypeError,
-        "`products` must be a jaxlinear.Products, got Product",
+        "`products` must be a jaxlinear.Products, got Product: say for which, as in"
+        " `Products(weight_grad=...)`",
+    ),
+    **{
+        f"{given!r} as products": (
+            (X, W, B),
+            {"products": given},
+            TypeError,
+            f"`products` must be a jaxlinear.Products, got {got}",
+        )
+        for given, got in {
+            "FLOAT8": "'FLOAT8'. Did you mean `jaxlinear.FLOAT8`?",
+            "float8_e4m3": "'float8_e4m3'. Did you mean `jaxlinear.FLOAT8_E4M3`?",
+            "fp8": "'fp8'. Did you mean `jaxlinear.FLOAT8`?",
+            "int8": "'int8'. Did you mean `jaxlinear.INT8`?",
+            jnp.int8: "'int8'. Did you mean `jaxlinear.INT8`?",
+            "bf16": "'bf16'. Did you mean `dtype='bfloat16'`?",
+            "highest": "'highest'. Did you mean `precision='highest'`?",
+            "exact": "'exact'",
+            tuple(Products()): "tuple. Did you mean `Products(*...)`?",
+            float: "type",
+        }.items()
+    },
+    "dict as products": (
+        (X, W, B),
+        {"products": {"forward": Product()}},
+        TypeError,
+        "`products` must be a jaxlinear.Products, got dict. Did you mean"
+        " `Products(**...)`?",
+    ),
+    "recipe as product": (
+        (X, W, B),
+        {"products": Products(forward=jaxlinear.FLOAT8)},
+        TypeError,
+        "`products.forward` must be a jaxlinear.Product, got Products. Did you mean its"
+        " `forward`?",
+    ),
+    "None as product": (
+        (X, W, B),
+        {"products": Products(weight_grad=None)},
+        TypeError,
+        "`products.weight_grad` must be a jaxlinear.Product, got NoneType",
     ),
     "dtype as product": (
         (X, W, B),
         {"products": Products("bfloat16")},
         TypeError,
-        "`products.forward` must be a jaxlinear.Product, got str",
+        "`products.forward` must be a jaxlinear.Product, got 'bfloat16'. Did you mean"
+        " `Product('bfloat16')`?",
     ),
     "product that leaves in another dtype": (
         (X, W, B),
@@ -209,7 +301,7 @@ REFUSED = {
         (X, W, B),
         own(dtype="int16"),
         TypeError,
-        f"{DTYPE} a floating or complex dtype, got int16",
+        f"{DTYPE} a floating or complex dtype or int8, got int16",
     ),
     "two dtypes": (
         (X, W, B),

@@ -178,6 +178,7 @@ def test_what_has_its_own_way_to_a_product_is_left_alone_and_reported():
         narrow=flax(dtype=jnp.float32, preferred_element_type=jnp.bfloat16),
         whole=flax(param_dtype=jnp.int8, kernel_init=nnx.initializers.zeros),
         undecided=flax(preferred_element_type=jnp.bfloat16),
+        unscaled=flax(dtype=jnp.float8_e4m3fn),
         tied=tied,
         reader=[tied.kernel],
         converted=flax(),
@@ -199,12 +200,13 @@ def test_what_has_its_own_way_to_a_product_is_left_alone_and_reported():
         "tied": "its kernel is reader.0, too",
         "whole": "its param_dtype is no floating dtype",
         "undecided": "it has a preferred_element_type and no dtype",
+        "unscaled": "its dtype has fewer than 16 bits, and no scale",
     }
     assert list(report.converted) == ["converted"]
     assert str(report).splitlines()[:3] == [
         "converted (1):",
         "  converted",
-        "left alone (15):",
+        "left alone (16):",
     ]
 
 

@@ -60,6 +60,47 @@ def test_long_sums_are_as_accurate_as_in_float32_without_bfloat16_instructions(
 
 
 @each_form
+@pytest.mark.parametrize("activation", [jax.nn.gelu, jnp.tanh, jax.nn.relu])
+def test_a_model_has_the_same_value_in_every_program(activation, form, use_form):
+    """XLA drops the rounding of an activation that is cast to float32 at once."""
+    use_form(form)
+    x, weight, bias, _ = random_problem((32,), 64, 64, "float32")
+    layer = functools.partial(linear, dtype="bfloat16")
+
+    @jax.checkpoint
+    def block(x, _):
+        return layer(activation(layer(x, weight, bias)), weight, bias), None
+
+    def model(x):
+        return jax.lax.scan(block, x.astype("bfloat16"), None, length=2)[0]
+
+    expected = x.astype("bfloat16")
+    for k in range(4):
+        expected = jax.jit(layer)(expected, weight, bias)
+        expected = expected if k % 2 else jax.jit(activation)(expected)
+    beside_a_gradient = jax.jit(lambda x: [y := jax.vjp(model, x), y[1](y[0])][0][0])
+    for value in jax.jit(model)(x), beside_a_gradient(x):
+        # Float32 sums may differ, and with them a rounding now and then.
+        assert jnp.mean(value != expected) < 0.02
+
+
+@each_form
+@pytest.mark.parametrize("reduction", [jnp.sum, jnp.max], ids=["sum", "max"])
+def test_relu_between_three_layers_and_a_reduction(reduction, form, use_form):
+    """XLA's YNNPACK would make one kernel of it, with an uninitialized constant."""
+    use_form(form)
+    x, weight, _, _ = random_problem((64,), 128, 128, "float32")
+
+    def loss(x, weight):
+        for _ in range(2):
+            x = jax.nn.relu(linear(x, weight, dtype="bfloat16"))
+        return reduction(linear(x, weight, dtype="bfloat16").astype("float32"))
+
+    compiled = jax.jit(loss)(x, weight)
+    assert abs(compiled - loss(x, weight)) < 0.02 * abs(compiled)
+
+
+@each_form
 # Both mapped, and other axes, are among the random programs.
 @pytest.mark.parametrize("precision", [None, "BF16_BF16_F32"])
 @pytest.mark.parametrize(

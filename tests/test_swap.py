@@ -4,6 +4,10 @@ Each model is written once, as in Flax's examples lm1b (Linen) and gemma (NNX), 
 partitioned kernels. The oracle is the same model with Flax's layer.
 """
 
+import functools
+import pathlib
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +27,38 @@ EMBED, MLP, HEADS, LENGTH, VOCABULARY = 16, 32, 2, 5, 24
 EPS = float(jnp.finfo("float32").eps)
 LAYERS = {"linen": (jaxlinear.linen.Linear, nn.Dense)}
 LAYERS |= {"nnx": (jaxlinear.nnx.Linear, nnx.Linear)}
+
+
+# The start of a model, as README says it.
+
+
+def flax_start():
+    text = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+    [arguments] = re.findall(r"`(kernel_init=[^`]*)`", text)
+    return eval(f"dict({arguments})", {"nnx": nnx})
+
+
+def first_loss_of_nnx(layer, x):
+    rngs = nnx.Rngs(7)
+    model = nnx.Sequential(layer(12, 32, rngs=rngs), nnx.relu, layer(32, 4, rngs=rngs))
+    return jnp.mean(model(x) ** 2)
+
+
+def first_loss_of_linen(layer, x):
+    model = nn.Sequential([layer(32, name="up"), nn.relu, layer(4, name="down")])
+    return jnp.mean(model.init_with_output(jax.random.key(7), x)[0] ** 2)
+
+
+@pytest.mark.parametrize("api", LAYERS)
+def test_the_arguments_of_readme_give_the_start_of_flax(api):
+    first_loss = {"nnx": first_loss_of_nnx, "linen": first_loss_of_linen}[api]
+    x = random_array(0, (64, 12), "float32")
+    ours, flax = LAYERS[api]
+    expected = first_loss(flax, x)
+    actual = first_loss(functools.partial(ours, **flax_start()), x)
+    np.testing.assert_allclose(actual, expected, rtol=8 * EPS)
+    # PyTorch's start is another: that is what README warns of.
+    assert abs(first_loss(ours, x) / expected - 1) > 0.1
 
 
 # lm1b: logical names, initializers in boxes, a dtype.

@@ -76,12 +76,14 @@ def compiled(cell, timeout=1800):
 
 def run(all_cells, output, console):
     """Compile each cell and write the document after each; returns it."""
+    if absent := targets.absent(cell["target"] for cell in all_cells):
+        sys.exit(absent)
     output.mkdir(parents=True, exist_ok=True)
     commit, is_clean = git_state(ROOT)
     document = {"commit": commit, "tree is clean": is_clean, "rows": [], "failed": []}
     with Cells(console, [1] * len(all_cells)) as progress:
         for cell in all_cells:
-            name = " ".join(str(value) for value in cell.values() if value)
+            name = name_of(cell)
             progress.begin(name)
             rows, why = compiled(cell)
             document["rows"] += rows
@@ -90,6 +92,17 @@ def run(all_cells, output, console):
             results_file.write(document, output / "results.json")
             progress.finish(name)
     return document
+
+
+def name_of(cell):
+    return " ".join(str(value) for value in cell.values() if value)
+
+
+def print_failed(document, console):
+    for failed in document["failed"]:
+        # Without markup: Rich would take "[aot]" for a style.
+        line = f"not compiled: {name_of(failed | {'why': ''})}: {failed['why']}"
+        console.print(line, style="red", highlight=False, markup=False)
 
 
 def table(document):
@@ -138,8 +151,7 @@ def main():
     console.width = max(console.width, 150)
     document = run(list(cells(options)), options.output, console)
     console.print(table(document))
-    for failed in document["failed"]:
-        console.print(f"not compiled: {failed}", style="red", highlight=False)
+    print_failed(document, console)
     for path in plots.draw(document, options.output):
         console.print(path)
     sys.exit(bool(document["failed"]))

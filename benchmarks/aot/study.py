@@ -16,7 +16,7 @@ from rich.console import Console
 
 from benchmarks import results_file
 from benchmarks.aot import plots
-from benchmarks.aot.__main__ import ROOT, run
+from benchmarks.aot.__main__ import ROOT, print_failed, run
 from benchmarks.marked import written
 from jaxlinear.inspect._table import table
 
@@ -126,8 +126,7 @@ def main():
     console = Console()
     folder = pathlib.Path("aot_results") / "study"
     document = run(list(cells()), folder, console)
-    for failed in document["failed"]:
-        console.print(f"not compiled: {failed}", style="red", highlight=False)
+    print_failed(document, console)
     if document["failed"]:
         raise SystemExit(1)
     results_file.write(document, RESULTS)

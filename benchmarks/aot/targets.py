@@ -29,10 +29,20 @@ def compiler(target):
     return "libtpu" if target in TPUS else "jax_cuda12_plugin"
 
 
+def absent(targets):
+    """The compilers of these targets that are not installed, in words, or None."""
+    compilers = sorted(set(map(compiler, targets)))
+    absent = [name for name in compilers if importlib.util.find_spec(name) is None]
+    names = " and ".join(absent)
+    if not absent:
+        return None
+    return f"{names} must be installed: pip install -e '.[aot]'"
+
+
 def missing(target, chips):
     """Why ``target`` cannot be compiled for here, or None."""
-    if importlib.util.find_spec(compiler(target)) is None:
-        return f"{compiler(target)} is not installed: pip install -e '.[aot]'"
+    if why := absent([target]):
+        return why
     if target in TPUS and chips > TPUS[target][1]:
         return f"the compiler has no topology of more than {TPUS[target][1]} chips"
     return None

@@ -220,6 +220,9 @@ def _why_not_ours(layer):
     own -= {"kernel", "bias", "_pytree__state", "_pytree__nodes"}
     if own:
         return f"it has an attribute of its own: {', '.join(sorted(own))}"
+    preferred = layer.preferred_element_type or layer.dtype
+    if preferred is not None and jnp.finfo(preferred).bits < 16:
+        return "its dtype has fewer than 16 bits, and no scale"
     if layer.preferred_element_type is None:
         return None
     preferred = jnp.dtype(layer.preferred_element_type)

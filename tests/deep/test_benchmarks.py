@@ -13,10 +13,18 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import contenders, marked, measure, pages, report, results_file
+from benchmarks import (
+    contenders,
+    marked,
+    measure,
+    pages,
+    plots,
+    report,
+    results_file,
+)
 from benchmarks.machine import digest, processor
 from benchmarks.model import GPT, model_programs
-from benchmarks.rows import OURS, Row
+from benchmarks.rows import OURS, Row, rows_of
 from benchmarks.timing import Program, interleaved, repeated_on_device
 from benchmarks.workloads import WORKLOADS, problem, work
 
@@ -87,6 +95,18 @@ def test_rows_of_8_bits_stand_beside_bfloat16_and_keep_half_the_bytes(tmp_path):
         assert ours["kept_bytes"] <= 0.52 * naive["kept_bytes"]
         # The others are in bfloat16.
         assert naive["relative_error"] < 9e-3 < ours["relative_error"]
+        assert f"time: {dtype}, step; the others compute in bfloat16" in run.stdout
+
+
+def test_bars_of_the_ratios_start_at_one():
+    document = results_file.read(pages.RESULTS / "native.json")
+    rows = [r for r in rows_of(document) if r.mode == "step" and r.ratio != 1]
+    axes = plots.ratio(rows, document).axes
+    bars = [bar for ax in axes for bar in ax.patches]
+    ends = sorted(bar.get_x() + bar.get_width() for bar in bars)
+    assert {bar.get_x() for bar in bars} == {1}
+    others = {row.library for row in rows} - {next(iter(rows)).library}
+    assert ends == pytest.approx(sorted(r.ratio for r in rows if r.library in others))
 
 
 @pytest.mark.parametrize(("before", "now", "found"), [(2, 1, 1), (2, 2, 0), (1, 2, 0)])

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,20 @@ def test_the_site_is_built_and_loads_nothing_from_elsewhere(copy):
         assert not re.findall(LINKED, page)
     styles = "".join(p.read_text() for p in (copy / "site").rglob("*.css"))
     assert not re.findall(r"url\(\"?(?:https?:)?//", styles)
+
+
+def test_signatures_are_over_several_lines(copy):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    # mkdocstrings breaks them only where a formatter is installed.
+    docs = project["optional-dependencies"]["docs"]
+    assert any(requirement.startswith("ruff") for requirement in docs)
+    build(copy, copy / "site")
+    page = (copy / "site" / "api" / "function" / "index.html").read_text()
+    signature = re.search(r'<div class="doc-signature.*?</div>', page, re.S)[0]
+    lines = re.sub("<[^>]*>", "", signature).strip().splitlines()
+    assert lines[0].endswith("linear(")
+    assert lines[1].strip().startswith("x: ArrayLike")
+    assert len(lines) > 8
 
 
 def replace(path, old, new):
