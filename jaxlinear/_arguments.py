@@ -10,11 +10,12 @@ import inspect
 import math
 import operator
 import sys
-from collections.abc import Mapping
-from typing import Any, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, SupportsIndex, get_args, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import jax.typing
 import numpy as np
 from jax import lax
 from jax.sharding import Sharding, SingleDeviceSharding
@@ -29,6 +30,16 @@ from jaxlinear._product import (
 )
 
 # Arrays.
+
+
+@runtime_checkable
+class SupportsArray(Protocol):
+    """What is an array for JAX: a variable of NNX."""
+
+    def __jax_array__(self) -> jax.Array: ...
+
+
+ArrayLike = jax.typing.ArrayLike | SupportsArray
 
 
 def checked_arrays(x, weight, bias):
@@ -337,6 +348,9 @@ def _similar_precision(name):
 Placement = jax.Device | Sharding
 """Where parameters are created: on one device, or split over several."""
 
+Integers = SupportsIndex | Sequence[SupportsIndex]
+"""A number, or one for each axis; those of NumPy, too."""
+
 
 def checked_features(name: str, features: Any) -> Any:
     """A number of features that is not negative, or a tuple of one for each axis."""
@@ -579,7 +593,9 @@ def check_optimizer(optimizer, model):
         )
     # An nnx.ModelAndOptimizer holds its model.
     if vars(optimizer).get("model", model) is not model:
-        raise ValueError("`optimizer` must be that of `model`, got one of another model")
+        raise ValueError(
+            "`optimizer` must be that of `model`, got one of another model"
+        )
 
 
 # An optimizer's state as a dict of paths to shapes, each with the part that it is in.
@@ -589,8 +605,8 @@ def check_state_belongs(state, initial):
     """Refuse an optimizer whose state has other shapes than the model asks for."""
     for path in differing(state, initial):
         raise ValueError(
-            f"`optimizer` must be that of `model`: its state has {_kept(path, state)} at"
-            f" {path!r}{_part(path, state)}, where the model's has"
+            "`optimizer` must be that of `model`: its state has"
+            f" {_kept(path, state)} at {path!r}{_part(path, state)}, where the model's has"
             f" {_kept(path, initial)}. Convert a model and its optimizer in one call"
         )
 

@@ -109,8 +109,8 @@ def dimension_numbers(layers: Layers, kind: Callable[..., Any]) -> Callable[[Any
     Returns:
       A function of a tree of parameters. It returns a tree with
       ``kind(reduction_axis=..., output_axis=...)`` in the place of the ``kernel``
-      (..., *in, *out) or the ``weight`` (..., *out, *in) of each of the layers, and None
-      in the place of everything else.
+      (..., *in, *out) or the ``weight`` (..., *out, *in) of each layer, and None in the
+      place of everything else.
 
     Raises:
       TypeError: as in :func:`convert_tree`.

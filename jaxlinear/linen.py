@@ -1,14 +1,12 @@
 """The linear layer for Flax Linen."""
 
 import pickle
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
 try:
     from flax import linen as nn
@@ -17,6 +15,8 @@ except ModuleNotFoundError as _error:
     raise ModuleNotFoundError(_message, name=_error.name) from _error
 
 from jaxlinear._arguments import (
+    ArrayLike,
+    Integers,
     Placement,
     as_tuple,
     check_initializer,
@@ -36,13 +36,12 @@ from jaxlinear._arguments import (
     refuse_others,
 )
 from jaxlinear._axes import linear_over_axes
-from jaxlinear._kernels import Axes, axes_of
+from jaxlinear._kernels import Axes, axes_of, with_kernels
 from jaxlinear._kernels import convert_tree as convert_tree
 from jaxlinear._kernels import dimension_numbers as dimension_numbers
 from jaxlinear._kernels import revert_tree as revert_tree
-from jaxlinear._kernels import with_kernels
 from jaxlinear._parameters import created_bias, created_weight, pickled_placement
-from jaxlinear._product import Products
+from jaxlinear._product import Precision, Products
 
 
 class Linear(nn.Module):
@@ -97,11 +96,11 @@ class Linear(nn.Module):
       {'params': {'bias': (2,), 'weight': (2, 3)}}
     """
 
-    features: int | Sequence[int]
+    features: Integers
     use_bias: bool = True
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
-    precision: lax.PrecisionLike = None
+    precision: Precision = None
     kernel_init: nn.initializers.Initializer | None = None
     bias_init: nn.initializers.Initializer | None = None
     promote_dtype: Any = None
@@ -109,7 +108,7 @@ class Linear(nn.Module):
     dot_general_cls: Any = None
     products: Products | None = None
     device: Placement | None = None
-    axis: int | Sequence[int] = -1
+    axis: Integers = -1
     batch_dims: Any = None
 
     def __post_init__(self) -> None:
@@ -239,8 +238,8 @@ class DenseGeneral(Dense):
 
     def __init__(
         self,
-        features: int | Sequence[int],
-        axis: int | Sequence[int] = -1,
+        features: Integers,
+        axis: Integers = -1,
         batch_dims: Any = None,
         use_bias: bool = True,
         **options: Any,

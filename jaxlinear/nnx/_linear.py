@@ -1,7 +1,7 @@
 """The linear layer for Flax NNX."""
 
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -10,9 +10,11 @@ import numpy as np
 from flax import nnx
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
 from jaxlinear._arguments import (
+    ArrayLike,
+    Integers,
     Placement,
     as_tuple,
     check_axis_matches,
@@ -31,7 +33,7 @@ from jaxlinear._arguments import (
 from jaxlinear._axes import linear_over_axes
 from jaxlinear._kernels import axes_of, weight_metadata
 from jaxlinear._parameters import created_bias, created_weight
-from jaxlinear._product import Products
+from jaxlinear._product import Precision, Products
 
 
 class Linear(nnx.Module):
@@ -95,14 +97,14 @@ class Linear(nnx.Module):
 
     def __init__(
         self,
-        in_features: int | Sequence[int],
-        out_features: int | Sequence[int],
+        in_features: Integers,
+        out_features: Integers,
         *,
-        axis: int | Sequence[int] = -1,
+        axis: Integers = -1,
         use_bias: bool = True,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
-        precision: lax.PrecisionLike = None,
+        precision: Precision = None,
         products: Products | None = None,
         kernel_init: nnx.Initializer | None = None,
         bias_init: nnx.Initializer | None = None,

@@ -14,8 +14,7 @@ import optax
 import pytest
 from flax import nnx
 
-from jaxlinear.linen import convert_tree, revert_tree
-from jaxlinear.nnx import convert, dimension_numbers, layers_of, revert
+from jaxlinear.nnx import convert, dimension_numbers, revert
 
 contrib = optax.contrib
 WIDTH, HEADS, LAYERS = 8, 2, 3
@@ -207,9 +206,7 @@ OPTIMIZERS = {
     ),
     "split_real_and_imaginary": contrib.split_real_and_imaginary(adam),
     "freeze": optax.chain(adam, optax.freeze(FROZEN)),
-    "selective_transform": optax.selective_transform(
-        adam, freeze_mask=FROZEN
-    ),
+    "selective_transform": optax.selective_transform(adam, freeze_mask=FROZEN),
 }
 
 # They draw numbers for each element of a parameter, in the order of its memory.
@@ -222,7 +219,10 @@ RANDOM = {
 ELSEWHERE = {"dpsgd", "differentially_private_aggregate", "centralize", "lookahead"}
 REFUSED = {
     "flatten": (optax.flatten(adam), "keep the parameters apart.* in ScaleByAdamState"),
-    "galore": (contrib.galore(RATE, 2), r"none of a projection .* in GaLoreState\.proj"),
+    "galore": (
+        contrib.galore(RATE, 2),
+        r"none of a projection .* in GaLoreState\.proj",
+    ),
     "galore, full": (contrib.galore(RATE), r"none of a projection .* in GaLoreState"),
     "adafactor, factored": (
         optax.adafactor(RATE, min_dim_size_to_factor=2),
