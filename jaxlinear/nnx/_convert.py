@@ -93,16 +93,21 @@ def convert(model: nnx.Module, optimizer: nnx.Optimizer[Any] | None = None) -> R
     Args:
       model: a model. A layer that is itself the model has nothing that holds it, and is
         refused: put it into an ``nnx.Sequential``.
-      optimizer: an optimizer of this model, whose state is converted, too. For a plain
-        Optax state there is ``convert_tree(state, report.converted)``.
+      optimizer: the optimizer of this model, whose state is converted as well. Its
+        ``tx`` stays: a mask must find ``kernel`` and ``weight`` alike, and Muon must be
+        told of the axes (``dimension_numbers``). One of another model is refused by its
+        paths and shapes; where these are the same, it cannot be told from a copy's. For
+        a plain Optax state there is ``convert_tree(state, report.converted)``.
 
     Returns:
       The report. An error leaves the model and the optimizer as they were.
 
     Raises:
-      TypeError: if ``model`` is no module or is itself a layer, or ``optimizer`` is no
-        ``nnx.Optimizer``.
-      ValueError: if the optimizer has a state with other axes than its parameters'.
+      TypeError: if ``model`` is not a module or is itself a layer, or ``optimizer`` is
+        not an ``nnx.Optimizer``.
+      ValueError: if the state of the optimizer is not one of this model, keeps other
+        axes than the parameters (Adafactor, GaLore, ``optax.flatten``), or would not be
+        the one that ``optimizer.tx`` needs for the converted model.
 
     Example:
       >>> from flax import nnx
