@@ -606,8 +606,8 @@ def check_state_belongs(state, initial):
     for path in differing(state, initial):
         raise ValueError(
             "`optimizer` must be that of `model`: its state has"
-            f" {_kept(path, state)} at {path!r}{_part(path, state)}, where the model's has"
-            f" {_kept(path, initial)}. Convert a model and its optimizer in one call"
+            f" {_kept(path, state)} at {path!r}{_part(path, state)}, where the model's"
+            f" has {_kept(path, initial)}. Convert a model and its optimizer in one call"
         )
 
 

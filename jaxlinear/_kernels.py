@@ -119,8 +119,8 @@ def dimension_numbers(layers: Layers, kind: Callable[..., Any]) -> Callable[[Any
       >>> import jax.numpy as jnp, optax
       >>> from jaxlinear.nnx import dimension_numbers
       >>> numbers = dimension_numbers(["up"], optax.contrib.MuonDimensionNumbers)
-      >>> numbers({"up": {"bias": jnp.ones(2), "weight": jnp.ones((2, 3))}})["up"]
-      {'bias': None, 'weight': MuonDimensionNumbers(reduction_axis=(-1,), output_axis=(-2,))}
+      >>> numbers({"up": {"weight": jnp.ones((2, 3))}})["up"]["weight"]
+      MuonDimensionNumbers(reduction_axis=(-1,), output_axis=(-2,))
     """
     axes = checked_layers(layers, Axes)
 
@@ -216,17 +216,21 @@ def _has_one_of(names, node):
 
 
 def _layers_in(tree, layers, is_layer):
-    """The layer at each path of the tree that leads to one.
+    """The layer at each path of the tree that leads to one."""
+    nodes = jax.tree.leaves_with_path(tree, is_leaf=is_layer)
+    layer_of = {tuple(path.split(".")) if path else (): path for path in layers}
+    return _layers_at([path for path, node in nodes if is_layer(node)], layer_of)
+
+
+def _layers_at(paths, layer_of):
+    """The layer at each path that leads to one.
 
     An optimizer's state has trees of parameters inside, so a layer's path is the end of
     one in the tree. What stands before it is where such a tree begins, and inside of it
     no other one begins: ``other.up`` is not the layer ``up``.
     """
-    layer_of = {tuple(path.split(".")) if path else (): path for path in layers}
     found = {}
-    for path, node in jax.tree.leaves_with_path(tree, is_leaf=is_layer):
-        if not is_layer(node):
-            continue
+    for path in paths:
         names = _names(path)
         for start in range(len(names) + 1):
             if names[start:] in layer_of:

@@ -475,8 +475,8 @@ def test_what_cannot_be_converted_is_refused_by_name(kind, call, message):
         call()
 
 
-# Optimizers that leave parameters out, and others of which the state is not an array for
-# each parameter. `tests/deep/test_optimizers.py` has all of Optax's.
+# Optimizers that leave parameters out, or do not keep an array for each parameter.
+# `tests/deep/test_optimizers.py` has all of Optax's.
 
 
 def small(width=4, seed=0):
@@ -643,7 +643,7 @@ OPTIMIZERS_REFUSED = {
     "a mask of names": (
         lambda: of(optax.masked(ADAM, is_named("kernel"))),
         f"{CONVERTED} (6, 4) at 'inner_state.0.mu.first.weight' in ScaleByAdamState.mu,"
-        " where a new state has nothing. A mask, a label or a filter must be a function",
+        " where a new state has nothing. A mask, a label or a filter must be a functio",
     ),
     "a filter of names": (
         lambda: of(ADAM, nnx.PathContains("kernel")),

@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import os
 import re
 from collections import Counter
 from typing import Any, NamedTuple
@@ -440,8 +439,8 @@ def _shapes(state):
 def _shared_axes(parameters):
     """How many leading axes all have, with the same sizes."""
     shapes = [np.shape(leaf) for leaf in jax.tree.leaves(parameters)]
-    # It takes any sequences.
-    return len(os.path.commonprefix(shapes))
+    sizes = [len(set(axis)) == 1 for axis in zip(*shapes, strict=False)]
+    return (*sizes, False).index(False)
 
 
 def _exchange(node, made, seen):
