@@ -607,7 +607,7 @@ def check_state_belongs(state, initial):
         raise ValueError(
             "`optimizer` must be that of `model`: its state has"
             f" {_kept(path, state)} at {path!r}{_part(path, state)}, where the model's"
-            f" has {_kept(path, initial)}. Convert a model and its optimizer in one call"
+            f" has {_kept(path, initial)}. Convert both in one call"
         )
 
 

@@ -621,7 +621,7 @@ OPTIMIZERS_REFUSED = {
     "another width": (
         lambda: of_another(lambda: small(5)),
         f"{BELONGS}: its state has shape (5, 6) at '0.mu.first.kernel' in ScaleByAdamSt"
-        "ate.mu, where the model's has shape (4, 6). Convert a model and its optimizer",
+        "ate.mu, where the model's has shape (4, 6). Convert both in one call",
     ),
     "other paths": (
         lambda: of_another(lambda: nnx.Dict(decoder=small())),
