@@ -10,11 +10,12 @@ import inspect
 import math
 import operator
 import sys
-from collections.abc import Mapping
-from typing import Any, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, SupportsIndex, get_args, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import jax.typing
 import numpy as np
 from jax import lax
 from jax.sharding import Sharding, SingleDeviceSharding
@@ -29,6 +30,16 @@ from jaxlinear._product import (
 )
 
 # Arrays.
+
+
+@runtime_checkable
+class SupportsArray(Protocol):
+    """What is an array for JAX: a variable of NNX."""
+
+    def __jax_array__(self) -> jax.Array: ...
+
+
+ArrayLike = jax.typing.ArrayLike | SupportsArray
 
 
 def checked_arrays(x, weight, bias):
@@ -423,6 +434,9 @@ def _similar_precision(name):
 Placement = jax.Device | Sharding
 """Where parameters are created: on one device, or split over several."""
 
+Integers = SupportsIndex | Sequence[SupportsIndex]
+"""A number, or one for each axis; those of NumPy, too."""
+
 
 def checked_features(name: str, features: Any) -> Any:
     """A number of features that is not negative, or a tuple of one for each axis."""
@@ -472,6 +486,25 @@ def as_tuple(value):
     return value if isinstance(value, tuple) else (value,)
 
 
+def check_unstacked(weight, bias, inputs, outputs):
+    """Refuse a weight with other axes than the layer has, such as a stack of weights.
+
+    Else they would be taken for more axes of the input or the output.
+    """
+    shape = np.shape(weight)
+    if len(shape) != inputs + outputs:
+        raise ValueError(
+            f"`weight` must have {inputs + outputs} axes, (*out_features,"
+            f" *in_features), got shape {shape}: a stack of layers is called under"
+            " `nnx.vmap` or `nnx.scan`"
+        )
+    if bias is not None and np.shape(bias) != shape[:outputs]:
+        raise ValueError(
+            f"`bias` must have shape {shape[:outputs]}, as the output axes of `weight`"
+            f" of shape {shape}, got shape {np.shape(bias)}"
+        )
+
+
 ARRAYS = jax.Array, np.ndarray, jax.ShapeDtypeStruct
 """The kinds of an array in a tree, with values or without."""
 
@@ -501,6 +534,14 @@ def checked_sharding(name, device):
     raise TypeError(
         f"`{name}` must be a jax.Device or a jax.sharding.Sharding, got {device!r}"
     )
+
+
+def check_use_bias(use_bias):
+    """Refuse what Flax's DenseGeneral has in the place of it: axes."""
+    if not isinstance(use_bias, (bool, np.bool_)):
+        raise TypeError(
+            f"`use_bias` must be True or False, got {use_bias!r}: name `axis=`"
+        )
 
 
 def check_initializer(name, init):
@@ -568,6 +609,15 @@ def check_bound(bound, limit):
         )
 
 
+def refuse_kernel(layer, name):
+    """Refuse the name that the weight has in Flax, where it is not an attribute."""
+    if name == "kernel" and getattr(type(layer), name, None) is None:
+        raise AttributeError(
+            f"{type(layer).__name__!r} object has no attribute 'kernel': it has a"
+            " `weight` (out, in), which is Flax's kernel (in, out) transposed"
+        )
+
+
 _IN_THE_PLACE_OF = {
     "dot_general": "`products` says how each product is computed; a library that"
     " replaces `jax.lax.dot_general` finds it inside `jaxlinear.plain_autodiff()`",
@@ -600,13 +650,17 @@ def _is_empty(value):
 # Models and trees of parameters.
 
 
-def check_model(model, layers):
-    """Refuse what is no NNX module, and a layer that nothing holds."""
+def check_module(model):
     from flax import nnx
 
     if not isinstance(model, nnx.Module):
         got = type(model).__name__
         raise TypeError(f"`model` must be a flax.nnx.Module, got {got}")
+
+
+def check_model(model, layers):
+    """Refuse what is no NNX module, and a layer that nothing holds."""
+    check_module(model)
     if isinstance(model, layers):
         raise TypeError(
             "`model` must be what holds the layers, got one that nothing holds, a"
@@ -614,7 +668,7 @@ def check_model(model, layers):
         )
 
 
-def check_optimizer(optimizer):
+def check_optimizer(optimizer, model):
     from flax import nnx
 
     if not isinstance(optimizer, nnx.Optimizer):
@@ -623,6 +677,74 @@ def check_optimizer(optimizer):
             f" {type(optimizer).__name__}: convert a plain state of Optax's by"
             " `convert_tree(state, report.converted)`"
         )
+    # An nnx.ModelAndOptimizer holds its model.
+    if vars(optimizer).get("model", model) is not model:
+        raise ValueError(
+            "`optimizer` must be that of `model`, got one of another model"
+        )
+
+
+# An optimizer's state as a dict of paths to shapes, each with the part that it is in.
+
+
+def check_state_belongs(state, initial):
+    """Refuse an optimizer whose state has other shapes than the model asks for."""
+    for path in differing(state, initial):
+        raise ValueError(
+            "`optimizer` must be that of `model`: its state has"
+            f" {_kept(path, state)} at {path!r}{_part(path, state)}, where the model's"
+            f" has {_kept(path, initial)}. Convert both in one call"
+        )
+
+
+def check_state_goes_on(state, initial):
+    """Refuse a converted state with other shapes than the new model asks for."""
+    for path in differing(state, initial):
+        raise ValueError(
+            "`optimizer` must have a state that can be converted: it would have"
+            f" {_kept(path, state)} at {path!r}{_part(path, state)}, where a new state"
+            f" has {_kept(path, initial)}. {_BY_NAME}"
+        )
+
+
+def check_not_flat(state, parameters):
+    """Refuse one vector of all parameters, as ``optax.flatten`` makes of them."""
+    flat = (sum(map(math.prod, parameters)),)
+    for path in state:
+        if state[path][0] == flat and flat not in parameters:
+            raise ValueError(
+                "`optimizer` must keep the parameters apart: its state has one vector"
+                f" of all at {path!r}{_part(path, state)}. Start it anew"
+            )
+
+
+_BY_NAME = (
+    "A mask, a label or a filter must be a function that finds `kernel` and `weight`"
+    " alike; what is kept by other axes than the parameter's is to be started anew"
+)
+
+
+def refuse_unstarted(error):
+    raise ValueError(
+        f"`optimizer` must have a `tx` that starts for the converted model. {_BY_NAME}"
+    ) from error
+
+
+_NONE = None, ""
+
+
+def differing(state, initial):
+    """The paths at which two states have other shapes, or only one has something."""
+    paths = sorted(state.keys() | initial.keys())
+    return [p for p in paths if state.get(p, _NONE)[0] != initial.get(p, _NONE)[0]]
+
+
+def _kept(path, state):
+    return f"shape {state[path][0]}" if path in state else "nothing"
+
+
+def _part(path, state):
+    return state[path][1] if path in state else ""
 
 
 def checked_layers(layers: Any, axes_type: Any) -> Any:
@@ -658,12 +780,14 @@ def check_layers_found(entry, missing):
         raise ValueError(f"{required}, where there is none for {names}")
 
 
-def check_unfactored(path, leaf, axes):
-    """Refuse what is kept of a parameter by fewer axes, which do not say which."""
-    size, ndim = math.prod(np.shape(leaf)), len(np.shape(leaf))
-    if ndim < axes and size > 1:
+def check_unfactored(argument, where, leaf, axes):
+    """Refuse what is kept of a parameter by other axes, which do not say which."""
+    shape = np.shape(leaf)
+    # GaLore's may look like a matrix of the layer.
+    is_projector = where.endswith(".projector")
+    if math.prod(shape) > 1 and (len(shape) < axes or is_projector):
+        kind = "none of a projection" if is_projector else f"{axes} axes or more"
         raise ValueError(
-            f"`tree` must have {axes} axes or more at {path!r}, got shape"
-            f" {np.shape(leaf)}: start this state anew (a factored optimizer's does not"
-            " say which axes it belongs to)"
+            f"`{argument}` must have {kind} at {where}, got shape {shape}: start this"
+            " state anew (a factored optimizer's does not say which axes it belongs to)"
         )

@@ -15,9 +15,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import CustomVJPPrimal
 from jax.extend.core import Primitive
 from jax.sharding import NamedSharding, PartitionSpec
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
 from jaxlinear._arguments import (
+    ArrayLike,
     check_shapes,
     checked_arrays,
     checked_dtype,
@@ -33,7 +34,7 @@ from jaxlinear._formulas import (
 )
 from jaxlinear._linear_map import LinearMap, Term, linear_map, linear_map_p
 from jaxlinear._plain import is_plain, plain_linear
-from jaxlinear._product import Products, accumulator
+from jaxlinear._product import Precision, Products, accumulator
 from jaxlinear._quantized import as_operand, as_shared_operand, kept_operand
 from jaxlinear._sharding import (
     ArrayType,
@@ -50,7 +51,7 @@ def linear(
     bias: ArrayLike | None = None,
     *,
     dtype: DTypeLike | None = None,
-    precision: lax.PrecisionLike = None,
+    precision: Precision = None,
     products: Products | None = None,
     out_sharding: NamedSharding | PartitionSpec | None = None,
 ) -> jax.Array:

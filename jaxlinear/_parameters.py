@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import io
 import math
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +56,30 @@ def _draw(key, shape, dtype, bound):
         drawn = jnp.float32
     values = jax.random.uniform(key, shape, drawn, -bound, bound)
     return jnp.clip(values, -float(limit), float(limit)).astype(dtype)
+
+
+# Where a parameter is created.
+
+
+def pickled_placement(device):
+    """A device or a sharding, or None, in bytes that ``pickle`` can read."""
+    stream = io.BytesIO()
+    _Pickler(stream).dump(device)
+    return stream.getvalue()
+
+
+class _Pickler(pickle.Pickler):
+    def reducer_override(self, obj):
+        if isinstance(obj, jax.Device):
+            return _device, (obj.platform, obj.id)
+        return NotImplemented
+
+
+def _device(platform, number):
+    for device in jax.devices(platform):
+        if device.id == number:
+            return device
+    raise ValueError(f"`device` must be there, got {platform} {number} of a pickle")
 
 
 # A parameter is created by the initializer of a module, None for PyTorch's, from the

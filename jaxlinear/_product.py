@@ -4,6 +4,7 @@ The same objects, with nothing left open in them, are what the op carries
 (:func:`jaxlinear._arguments.completed`) and what chooses a form on CPU.
 """
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -12,6 +13,10 @@ from jax import lax
 from jax.typing import DTypeLike
 
 Scaling = Literal["per_tensor", "per_row"]
+
+
+Precision = lax.PrecisionLike | Sequence[lax.PrecisionLike]
+"""The precision of a product, or that of each operand."""
 
 
 class Product(NamedTuple):
@@ -42,7 +47,7 @@ class Product(NamedTuple):
     """
 
     dtype: DTypeLike | tuple[DTypeLike, DTypeLike] | None = None
-    precision: lax.PrecisionLike = None
+    precision: Precision = None
     preferred_element_type: DTypeLike | None = None
     scaling: Scaling | None = None
 

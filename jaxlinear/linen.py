@@ -1,13 +1,12 @@
 """The linear layer for Flax Linen."""
 
-from collections.abc import Sequence
-from typing import Any
+import pickle
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
 try:
     from flax import linen as nn
@@ -16,11 +15,14 @@ except ModuleNotFoundError as _error:
     raise ModuleNotFoundError(_message, name=_error.name) from _error
 
 from jaxlinear._arguments import (
+    ArrayLike,
+    Integers,
     Placement,
     as_tuple,
     check_initializer,
     check_input,
     check_shapes,
+    check_use_bias,
     checked_array,
     checked_axes,
     checked_axis,
@@ -30,13 +32,16 @@ from jaxlinear._arguments import (
     checked_precision,
     checked_products,
     checked_sharding,
+    refuse_kernel,
     refuse_others,
 )
 from jaxlinear._axes import linear_over_axes
+from jaxlinear._kernels import Axes, axes_of, with_kernels
 from jaxlinear._kernels import convert_tree as convert_tree
+from jaxlinear._kernels import dimension_numbers as dimension_numbers
 from jaxlinear._kernels import revert_tree as revert_tree
-from jaxlinear._parameters import created_bias, created_weight
-from jaxlinear._product import Products
+from jaxlinear._parameters import created_bias, created_weight, pickled_placement
+from jaxlinear._product import Precision, Products
 
 
 class Linear(nn.Module):
@@ -91,11 +96,11 @@ class Linear(nn.Module):
       {'params': {'bias': (2,), 'weight': (2, 3)}}
     """
 
-    features: int | Sequence[int]
+    features: Integers
     use_bias: bool = True
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
-    precision: lax.PrecisionLike = None
+    precision: Precision = None
     kernel_init: nn.initializers.Initializer | None = None
     bias_init: nn.initializers.Initializer | None = None
     promote_dtype: Any = None
@@ -103,12 +108,13 @@ class Linear(nn.Module):
     dot_general_cls: Any = None
     products: Products | None = None
     device: Placement | None = None
-    axis: int | Sequence[int] = -1
+    axis: Integers = -1
     batch_dims: Any = None
 
     def __post_init__(self) -> None:
         others = "promote_dtype", "dot_general", "dot_general_cls", "batch_dims"
         refuse_others({name: getattr(self, name) for name in others})
+        check_use_bias(self.use_bias)
         # Kept as they were checked, a list as a tuple: modules have a hash.
         self.features = checked_features("features", self.features)
         self.axis = checked_axis(self.axis)
@@ -120,6 +126,23 @@ class Linear(nn.Module):
         check_initializer("bias_init", self.bias_init)
         checked_sharding("device", self.device)
         super().__post_init__()
+
+    if not TYPE_CHECKING:  # Else every name would be an attribute.
+
+        @nn.nowrap
+        def __getattr__(self, name):
+            refuse_kernel(self, name)
+            return super().__getattr__(name)
+
+    # No device of JAX's can be pickled, and so not copied: its name is.
+
+    @nn.nowrap
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "device": pickled_placement(self.device)}
+
+    @nn.nowrap
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({**state, "device": pickle.loads(state["device"])})
 
     @nn.compact
     def __call__(
@@ -175,3 +198,89 @@ class Linear(nn.Module):
             products=self.products,
             out_sharding=out_sharding,
         )
+
+
+def _lecun_normal(key, shape, dtype=jnp.float32):
+    """Flax's own cannot be pickled."""
+    return nn.initializers.lecun_normal()(key, shape, dtype)
+
+
+class Dense(Linear):
+    """:class:`Linear` with the name and the initial values of ``flax.linen.Dense``.
+
+    Linen calls a layer without a name by its class, ``Dense_0``. So a model whose
+    ``flax.linen.Dense`` became this one has the paths of its old checkpoints, which
+    :func:`convert_tree` then makes its own.
+
+    Attributes:
+      kernel_init: as in :class:`Linear`. Default: LeCun normal.
+      bias_init: initializer of the bias. Default: zeros.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import linen as nn
+      >>> from jaxlinear.linen import Dense, convert_tree, layers_of
+      >>> old = nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(2)])
+      >>> checkpoint = old.init(jax.random.key(0), jnp.ones((1, 3)))
+      >>> model = nn.Sequential([Dense(4), nn.relu, Dense(2)])
+      >>> layers = layers_of(model, jax.random.key(0), jnp.ones((1, 3)))
+      >>> variables = convert_tree(checkpoint, layers)
+      >>> model.apply(variables, jnp.ones((1, 3))).shape
+      (1, 2)
+    """
+
+    kernel_init: nn.initializers.Initializer | None = _lecun_normal
+    bias_init: nn.initializers.Initializer | None = nn.initializers.zeros
+
+
+class DenseGeneral(Dense):
+    """:class:`Dense` with the name and the first arguments of Flax's DenseGeneral."""
+
+    def __init__(
+        self,
+        features: Integers,
+        axis: Integers = -1,
+        batch_dims: Any = None,
+        use_bias: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            features, use_bias, axis=axis, batch_dims=batch_dims, **options
+        )
+
+
+def layers_of(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Axes]:
+    """Our layers in ``model``, by path, with their numbers of axes.
+
+    That is what :func:`convert_tree`, :func:`revert_tree` and :func:`dimension_numbers`
+    take.
+
+    Args:
+      model: a model.
+      *args: those of ``model.init``: random keys and an input. Nothing is computed.
+      **kwargs: likewise.
+
+    Returns:
+      A dict from dotted paths to how many input and output axes a weight has.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import linen as nn
+      >>> from jaxlinear.linen import Linear, layers_of
+      >>> model = nn.Sequential([Linear((2, 4)), nn.relu])
+      >>> layers_of(model, jax.random.key(0), jnp.ones((1, 3)))
+      {'layers_0': Axes(inputs=1, outputs=2)}
+    """
+    found: dict[str, Axes] = {}
+
+    def noted(call, args, kwargs, context):
+        layer = context.module
+        if isinstance(layer, Linear):
+            found[".".join(layer.path)] = axes_of(layer.axis, layer.features)
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(noted):
+        variables = jax.eval_shape(lambda: model.init(*args, **kwargs))
+    # A lifted layer is called twice, the second time without a path.
+    _, missing = with_kernels(variables, found)
+    return {path: axes for path, axes in found.items() if path not in missing}

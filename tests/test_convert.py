@@ -1,5 +1,7 @@
 """Models of Flax with our layer in the place of theirs, and the way back."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,15 @@ from oracle import random_array, relative_error, wide
 
 import jaxlinear.linen
 from jaxlinear import INT8, Product, Products
-from jaxlinear.nnx import Linear, convert, convert_tree, revert, revert_tree
+from jaxlinear.nnx import (
+    Linear,
+    convert,
+    convert_tree,
+    dimension_numbers,
+    layers_of,
+    revert,
+    revert_tree,
+)
 
 EPS = float(jnp.finfo("float32").eps)
 WIDTH, VOCABULARY = 16, 11
@@ -465,6 +475,266 @@ REFUSED = {
 def test_what_cannot_be_converted_is_refused_by_name(kind, call, message):
     with pytest.raises(kind, match=message):
         call()
+
+
+# Optimizers that leave parameters out, or do not keep an array for each parameter.
+# `tests/deep/test_optimizers.py` has all of Optax's.
+
+
+def small(width=4, seed=0):
+    first = nnx.Linear(width, 6, rngs=nnx.Rngs(seed))
+    return nnx.Dict(first=first, last=nnx.Linear(6, 3, rngs=nnx.Rngs(seed + 1)))
+
+
+def is_named(*names):
+    """A function of parameters: whether one has one of the names in its path."""
+
+    def of(path, _):
+        entries = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
+        return bool({*names} & {*entries})
+
+    return lambda parameters: jax.tree.map_with_path(of, parameters)
+
+
+def frozen_but_last(parameters):
+    return jax.tree.map(lambda last: "t" if last else "f", is_named("last")(parameters))
+
+
+kernels = is_named("kernel", "weight")
+numbers = dimension_numbers(["first", "last"], optax.contrib.MuonDimensionNumbers)
+ADAM = optax.adam(1e-2)
+PARTIAL = {
+    "masked": optax.masked(ADAM, kernels),
+    "partition": optax.partition(
+        {"t": ADAM, "f": optax.set_to_zero()}, frozen_but_last
+    ),
+    "muon": optax.contrib.muon(1e-2, muon_weight_dimension_numbers=numbers),
+    "sm3": optax.sm3(1e-2),
+}
+
+
+@pytest.mark.parametrize("transformation", PARTIAL.values(), ids=PARTIAL)
+def test_an_optimizer_that_leaves_parameters_out_goes_on(transformation):
+    x = random_array(1, (5, 4), "float32")
+
+    def trained(model, optimizer):
+        for _ in range(2):
+            gradients = nnx.grad(
+                lambda m: jnp.sum((m.last(jnp.tanh(m.first(x))) - 1) ** 2)
+            )(model)
+            optimizer.update(model, gradients)
+
+    flax = small()
+    theirs = nnx.Optimizer(flax, transformation, wrt=nnx.Param)
+    with jax.numpy_rank_promotion("allow"):
+        trained(flax, theirs)
+        model, optimizer = nnx.clone((flax, theirs))
+        convert(model, optimizer)
+        trained(flax, theirs)
+        trained(model, optimizer)
+    revert(model, optimizer)
+    states = nnx.state((model, optimizer)), nnx.state((flax, theirs))
+    assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
+    for mine, expected in zip(*map(jax.tree.leaves, states), strict=True):
+        np.testing.assert_allclose(mine, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_pair_in_the_place_of_an_array_is_moved():
+    kernel = jnp.arange(6.0).reshape(2, 3)
+    split = optax.contrib.split_real_and_imaginary(optax.trace(0.9))
+    tree = {"up": {"kernel": kernel + 1j * kernel, "bias": jnp.ones(3)}}
+    state = split.init(tree)
+    _, state = split.update(tree, state)
+    held = convert_tree(state, ["up"]).inner_state.trace["up"]["weight"]
+    np.testing.assert_array_equal(held.imaginary, kernel.T)
+    assert jax.tree.structure(revert_tree(convert_tree(state, ["up"]), ["up"])) == (
+        jax.tree.structure(state)
+    )
+
+
+def test_an_ensemble_of_models_and_optimizers_is_converted():
+    @nnx.vmap
+    def ensemble(key):
+        model = nnx.Dict(layer=nnx.Linear(4, 6, rngs=nnx.Rngs(key)))
+        optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+        return model, optimizer
+
+    model, optimizer = ensemble(jax.random.split(jax.random.key(0), 3))
+    convert(model, optimizer)
+    assert optimizer.opt_state[0].mu["layer"]["weight"].shape == (3, 6, 4)
+    assert optimizer.opt_state[0].count.shape == (3,)
+
+
+def test_an_abstract_model_and_its_optimizer_are_converted():
+    def both():
+        model = small()
+        return model, nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+
+    model, optimizer = nnx.eval_shape(both)
+    convert(model, optimizer)
+    assert optimizer.opt_state[0].mu["first"]["weight"].shape == (6, 4)
+
+
+def test_a_mask_that_looks_at_values_is_no_obstacle():
+    def is_not_zero(parameters):
+        return jax.tree.map(lambda p: bool(jnp.any(p != 0)), parameters)
+
+    model = small()
+    masked = optax.masked(optax.adam(1e-2), is_not_zero)
+    optimizer = nnx.Optimizer(model, masked, wrt=nnx.Param)
+    convert(model, optimizer)
+    mu = optimizer.opt_state.inner_state[0].mu["first"]
+    assert mu["weight"].shape == (6, 4)
+    assert isinstance(mu["bias"].get_value(), optax.MaskedNode)
+
+
+def test_a_sharding_of_a_stack_keeps_the_axis_of_the_stack():
+    mesh = jax.make_mesh((2, 4), ("a", "b"), (AxisType.Auto,) * 2)
+    sharding = NamedSharding(mesh, P("a"))
+    abstract = jax.ShapeDtypeStruct((2, 4, 8), jnp.float32, sharding=sharding)
+    converted = convert_tree({"kernel": abstract}, [""])["weight"]
+    assert converted.sharding.spec == P("a", None, None)
+    assert converted.shape == (2, 8, 4)
+
+
+def of_another(make_other, model=small, change=convert, transformation=ADAM):
+    """An optimizer of another model, in the place of that of a model."""
+    other = make_other()
+    optimizer = nnx.Optimizer(other, transformation, wrt=nnx.Param)
+    return change, model(), optimizer
+
+
+def late():
+    """A model that was converted without its optimizer."""
+    model = small()
+    optimizer = nnx.Optimizer(model, ADAM, wrt=nnx.Param)
+    convert(model)
+    return convert, model, optimizer
+
+
+def of(transformation, wrt=nnx.Param, width=4):
+    model = small(width)
+    return convert, model, nnx.Optimizer(model, transformation, wrt=wrt)
+
+
+BELONGS = "`optimizer` must be that of `model`"
+CONVERTED = "`optimizer` must have a state that can be converted: it would have shape"
+OPTIMIZERS_REFUSED = {
+    "another width": (
+        lambda: of_another(lambda: small(5)),
+        f"{BELONGS}: its state has shape (5, 6) at '0.mu.first.kernel' in ScaleByAdamSt"
+        "ate.mu, where the model's has shape (4, 6). Convert both in one call",
+    ),
+    "other paths": (
+        lambda: of_another(lambda: nnx.Dict(decoder=small())),
+        f"{BELONGS}: its state has shape (6,) at '0.mu.decoder.first.bias' in ",
+    ),
+    "a part of the model": (
+        lambda: of_another(lambda: nnx.Dict(first=small().first)),
+        f"{BELONGS}: its state has nothing at '0.mu.last.bias', where the model's",
+    ),
+    "converted already": (late, f"{BELONGS}: its state has shape (4, 6) at"),
+    "not converted": (
+        lambda: of_another(small, lambda: converted_small(), revert),
+        f"{BELONGS}: its state has shape (4, 6) at '0.mu.first.kernel'",
+    ),
+    "one that holds another": (
+        lambda: (convert, small(), nnx.ModelAndOptimizer(small(), ADAM)),
+        f"{BELONGS}, got one of another model",
+    ),
+    "a mask of names": (
+        lambda: of(optax.masked(ADAM, is_named("kernel"))),
+        f"{CONVERTED} (6, 4) at 'inner_state.0.mu.first.weight' in ScaleByAdamState.mu,"
+        " where a new state has nothing. A mask, a label or a filter must be a functio",
+    ),
+    "a filter of names": (
+        lambda: of(ADAM, nnx.PathContains("kernel")),
+        f"{CONVERTED} (6, 4) at '0.mu.first.weight' in ScaleByAdamState.mu,",
+    ),
+    "a mask that is a tree": (
+        lambda: of(optax.freeze(kernels(nnx.state(small())))),
+        "`optimizer` must have a `tx` that starts for the converted model. A mask,",
+    ),
+    "a factored state": (
+        lambda: of(optax.adafactor(0.1, min_dim_size_to_factor=2)),
+        "`optimizer` must have 2 axes or more at 'first.kernel' in FactoredState.v_row",
+    ),
+    "a projection": (
+        lambda: of(optax.contrib.galore(0.1), width=6),
+        "`optimizer` must have none of a projection at 'first.kernel' in GaLoreState",
+    ),
+    "one vector": (
+        lambda: of(optax.flatten(ADAM)),
+        "`optimizer` must keep the parameters apart: its state has one vector of all at"
+        " '0.mu' in ScaleByAdamState.mu",
+    ),
+}
+
+
+def converted_small():
+    model = small()
+    convert(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "message"), OPTIMIZERS_REFUSED.values(), ids=OPTIMIZERS_REFUSED
+)
+def test_an_optimizer_that_does_not_fit_is_refused_and_nothing_is_changed(
+    make, message
+):
+    change, model, optimizer = make()
+    before = nnx.split((model, optimizer))
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        change(model, optimizer)
+    after = nnx.split((model, optimizer))
+    assert before[0] == after[0]
+    jax.tree.map(np.testing.assert_array_equal, before[1], after[1])
+
+
+def test_an_optimizer_that_holds_its_model_is_converted_with_it():
+    model = small()
+    optimizer = nnx.ModelAndOptimizer(model, ADAM)
+    convert(model, optimizer)
+    assert optimizer.opt_state[0].mu["first"]["weight"].shape == (6, 4)
+
+
+# Which axes are whose.
+
+
+def test_the_layers_of_a_model_are_found_by_path():
+    model = Decoder(nnx.Rngs(0))
+    flax = layers_of(model, (nnx.Linear, nnx.LinearGeneral))
+    assert flax.pop("adapted.base_module") == (1, 1)
+    assert layers_of(model) == {}
+    report = convert(model)
+    assert layers_of(model) == report.converted == flax
+    with pytest.raises(
+        TypeError, match=r"^`model` must be a flax.nnx.Module, got dict"
+    ):
+        layers_of({})
+
+
+def test_dimension_numbers_are_those_of_the_axes_before_and_after():
+    layers = {"up": (1, 1), "query": (1, 2), "out": (2, 1)}
+    shapes = {"up": (3, 4, 5), "query": (4, 2, 3), "out": (2, 3, 4)}
+    tree = {
+        name: {"bias": jnp.ones(2), "kernel": jnp.ones(shape)}
+        for name, shape in shapes.items()
+    }
+    tree |= {"norm": {"scale": jnp.ones(2)}, "kernel": {"up": {"kernel": jnp.ones(2)}}}
+    kind = optax.contrib.GaLoreDimensionNumbers
+    # As in a model of Linen's, whose optimizer masks what it leaves out.
+    tree["up"]["bias"] = optax.MaskedNode()
+    of = dimension_numbers(layers, kind)({"params": tree})["params"]
+    assert of["up"] == {"bias": optax.MaskedNode(), "kernel": kind((-2,), (-1,))}
+    assert of["query"] == {"bias": None, "kernel": kind((-3,), (-2, -1))}
+    assert of["out"] == {"bias": None, "kernel": kind((-3, -2), (-1,))}
+    assert (of["norm"], of["kernel"]) == ({"scale": None}, {"up": {"kernel": None}})
+    of = dimension_numbers(layers, kind)(convert_tree(tree, layers))
+    assert of["up"]["weight"] == kind((-1,), (-2,))
+    assert of["query"]["weight"] == kind((-1,), (-3, -2))
+    assert of["out"]["weight"] == kind((-2, -1), (-3,))
 
 
 def test_an_optimizer_that_cannot_be_converted_leaves_the_model_as_it_was():

@@ -114,8 +114,9 @@ def test_public_functions_and_classes_have_examples():
     functions = jaxlinear.linear, jaxlinear.plain_autodiff, jaxlinear.explain
     functions += (jaxlinear.save_linear_outputs,)
     functions += nnx.convert, nnx.revert, nnx.convert_tree, nnx.revert_tree
+    functions += nnx.layers_of, nnx.dimension_numbers, linen.layers_of
     functions += torch.load, torch.save
-    classes = jaxlinear.Products, nnx.Linear, linen.Linear
+    classes = jaxlinear.Products, nnx.Linear, linen.Linear, linen.Dense
     for public in functions + classes:
         assert doctest.DocTestParser().get_examples(public.__doc__)
 

@@ -7,12 +7,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import (
+    AxisType,
+    NamedSharding,
+    PartitionSpec,
+    SingleDeviceSharding,
+)
 from oracle import naive, random_array
 
 nn = pytest.importorskip("flax.linen")
 
-from jaxlinear.linen import Linear  # noqa: E402
+from jaxlinear._parameters import _device  # noqa: E402
+from jaxlinear.linen import (  # noqa: E402
+    Dense,
+    DenseGeneral,
+    Linear,
+    convert_tree,
+    layers_of,
+    revert_tree,
+)
 
 
 def x(shape=(5, 3), dtype="float32"):
@@ -106,6 +119,101 @@ def test_copies_and_pickles_compute_the_same():
         np.testing.assert_array_equal(
             other.apply(variables, x()), layer.apply(variables, x())
         )
+
+
+MESH = jax.make_mesh((2,), ("model",), axis_types=(AxisType.Auto,))
+PLACES = {
+    "a device": jax.devices()[3],
+    "a sharding of one device": SingleDeviceSharding(jax.devices()[3]),
+    "a mesh": NamedSharding(MESH, PartitionSpec("model")),
+}
+
+
+@pytest.mark.parametrize("device", PLACES.values(), ids=PLACES)
+@pytest.mark.parametrize("kind", [Linear, Dense])
+def test_copies_and_pickles_keep_the_device(kind, device):
+    layer = nn.Sequential([kind(4, device=device)])
+    expected = initialized(layer)["params"]["layers_0"]["weight"].sharding
+    copies = copy.copy(layer), copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))
+    for other in copies:
+        assert other == layer
+        weight = initialized(other)["params"]["layers_0"]["weight"]
+        assert weight.sharding.is_equivalent_to(expected, 2)
+
+
+def test_a_pickle_of_a_device_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match=r"^`device` must be there, got cpu 99 of a p"):
+        _device("cpu", 99)
+
+
+# With the names of Flax's layers.
+
+
+def network(dense, general):
+    """Unnamed layers in blocks that are scanned, rematerialised, mapped and plain."""
+
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, _=None):
+            heads = nn.relu(general((2, 4))(x))
+            x = x + general(features=3, axis=(-2, -1))(heads)
+            return dense(3)(nn.LayerNorm()(x)), None
+
+    class Network(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            lifted = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+            x, _ = nn.scan(nn.remat(Block), length=3, **lifted)()(x)
+            x, _ = Block(name="named")(x)
+            x = nn.vmap(dense, in_axes=None, axis_size=2, **lifted)(5)(x)
+            return nn.remat(dense)(2, use_bias=False)(x)
+
+    return Network()
+
+
+def test_an_old_checkpoint_with_unnamed_layers_loads():
+    flax, ours = network(nn.Dense, nn.DenseGeneral), network(Dense, DenseGeneral)
+    with jax.numpy_rank_promotion("allow"):
+        old, new = initialized(flax), initialized(ours)
+        layers = layers_of(ours, jax.random.key(0), x())
+        assert len(layers) == 8
+        assert layers["ScanCheckpointBlock_0.DenseGeneral_1"] == (2, 1)
+        loaded = convert_tree(old, layers)
+        # The same seed gives the same values, too.
+        assert jax.tree.structure(loaded) == jax.tree.structure(new)
+        for a, b in zip(*map(jax.tree.leaves, (loaded, new)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+        y, expected = ours.apply(loaded, x()), flax.apply(old, x())
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, revert_tree(loaded, layers), old)
+
+
+def test_the_arguments_of_dense_general_have_their_places():
+    flax, ours = (
+        nn.DenseGeneral(4, (-2, -1), (), False),
+        DenseGeneral(4, (-2, -1), (), False),
+    )
+    inputs = x((5, 2, 3))
+    shapes = (
+        jax.tree.map(jnp.shape, initialized(layer, inputs)) for layer in (flax, ours)
+    )
+    assert [list(s["params"].values()) for s in shapes] == [[(2, 3, 4)], [(4, 2, 3)]]
+    with pytest.raises(
+        TypeError, match=r"^`use_bias` must be True or False, got \(-2,"
+    ):
+        Linear(4, (-2, -1))
+
+
+@pytest.mark.parametrize("kind", [Linear, Dense, DenseGeneral])
+def test_a_kernel_is_said_to_be_a_weight(kind):
+    layer = kind(4)
+    with pytest.raises(
+        AttributeError, match=r"no attribute 'kernel': it has a `weight`"
+    ):
+        _ = layer.kernel
+    assert not hasattr(layer, "kernel")
+    with pytest.raises(AttributeError, match=r'has no attribute "kernels"'):
+        _ = layer.kernels
 
 
 def test_orbax_saves_and_restores_the_parameters(tmp_path):

@@ -240,6 +240,62 @@ def test_what_does_not_fit_is_refused_by_name(call, message):
         call()
 
 
+STACKED = {
+    "a matrix": (8, 3, {}, (8,)),
+    "no bias": (8, 3, {"use_bias": False}, (8,)),
+    "tuples of one": ((8,), (3,), {"axis": (-1,)}, (8,)),
+    "several axes": ((2, 3), (4, 5), {"axis": (-2, -1)}, (2, 3)),
+    "heads": (8, (2, 3), {"dtype": "bfloat16"}, (8,)),
+}
+
+
+@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize("case", STACKED.values(), ids=STACKED)
+def test_a_stack_is_called_under_vmap_and_scan_and_refused_without(case, length):
+    ins, outs, options, shape = case
+
+    @nnx.split_rngs(splits=length)
+    @nnx.vmap
+    def stack(rngs):
+        return Linear(ins, outs, rngs=rngs, **options)
+
+    layers, x = stack(nnx.Rngs(0)), random_array(1, (6, *shape), "float32")
+    message = (
+        r"^`weight` must have \d axes, .* a stack of layers is called under `nnx.v"
+    )
+    with pytest.raises(ValueError, match=message):
+        layers(x)
+    out_shape = outs if isinstance(outs, tuple) else (outs,)
+    y = nnx.vmap(lambda layer, x: layer(x), in_axes=(0, None))(layers, x)
+    assert y.shape == (length, 6, *out_shape)
+    graph, state = nnx.split(layers)
+    first = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], state))
+    tolerance = float(jnp.finfo(y.dtype).eps) * 8
+    assert relative_error(first(x), wide(y[0])) <= tolerance
+    scanned = nnx.scan(lambda x, layer: (x, layer(x)), in_axes=(nnx.Carry, 0))
+    assert relative_error(scanned(x, layers)[1], wide(y)) <= tolerance
+
+
+OTHER_AXES = {
+    "one too few": (8, 3, (8,), (), "`weight` must have 2 axes"),
+    "heads in one axis": (8, (2, 3), (6, 8), (6,), "`weight` must have 3 axes"),
+    "a bias in one axis": (8, (2, 3), (2, 3, 8), (6,), "`bias` must have shape (2, 3)"),
+    "a bias turned around": (8, (2, 3), (2, 3, 8), (3, 2), "`bias` must have shape (2"),
+    "a stack of biases": (8, 3, (3, 8), (5, 3), "`bias` must have shape (3,)"),
+    "a stack of one bias": (8, (2, 3), (2, 3, 8), (1, 2, 3), "`bias` must have shape"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_AXES.values(), ids=OTHER_AXES)
+def test_parameters_with_other_axes_than_the_layer_are_refused(case):
+    ins, outs, weight, bias, message = case
+    layer = Linear(ins, outs, rngs=nnx.Rngs(0))
+    layer.weight.set_value(jnp.ones(weight))
+    layer.bias.set_value(jnp.ones(bias))
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        layer(jnp.ones((5, 8)))
+
+
 def test_batch_axes_are_refused_with_what_is_in_their_place():
     message = r"^unexpected argument `batch_axis`: map the layer with `nnx.vmap`"
     with pytest.raises(TypeError, match=message):

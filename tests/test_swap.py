@@ -385,6 +385,39 @@ def test_nnx_weight_norm_finds_the_weight_that_it_is_told_of():
     assert np.max(np.abs(actual - plain)) > 0.1
 
 
+def test_a_kernel_is_said_to_be_a_weight_when_it_is_read_and_when_it_is_set():
+    layer = jaxlinear.nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+    message = (
+        r"^'Linear' object has no attribute 'kernel': it has a `weight` \(out, in\)"
+    )
+    with pytest.raises(AttributeError, match=message):
+        _ = layer.kernel
+    with pytest.raises(AttributeError, match=message):
+        layer.kernel = nnx.Param(jnp.ones((3, 4)))
+    assert not hasattr(layer, "kernel")
+    with pytest.raises(AttributeError, match=r"^'Linear' object has no attribute 'b'$"):
+        _ = layer.b
+    # A state of Flax's would be kept, and not be read.
+    state = nnx.state(nnx.Dict(layer=nnx.Linear(3, 4, rngs=nnx.Rngs(1))))
+    with pytest.raises(AttributeError, match=message):
+        nnx.update(nnx.Dict(layer=layer), state)
+
+
+def test_a_subclass_may_have_a_kernel_of_its_own():
+    class Own(jaxlinear.nnx.Linear):
+        @property
+        def kernel(self):
+            return self.weight[...].T
+
+        @kernel.setter
+        def kernel(self, value):
+            self.weight[...] = value.T
+
+    layer = Own(3, 4, rngs=nnx.Rngs(0))
+    layer.kernel = jnp.ones((3, 4))
+    np.testing.assert_array_equal(layer.kernel, jnp.ones((3, 4)))
+
+
 def test_a_mask_of_an_optimizer_finds_the_weights_by_their_name():
     parameters = nnx_parameters(jaxlinear.nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
 

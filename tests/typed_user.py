@@ -9,6 +9,8 @@ from collections.abc import Callable
 from typing import assert_type
 
 import jax
+import numpy as np
+from flax import linen as nn
 from flax import nnx
 
 import jaxlinear
@@ -38,10 +40,27 @@ def of_modules(x: jax.Array) -> None:
     assert_type(model.up.out_features, int | tuple[int, ...])
     assert_type(model.up.products, Products)
 
+    # What the code takes: variables, lists for pairs, and NumPy's integers.
+    variable = nnx.Param(x)
+    jaxlinear.linear(variable, model.up.weight, precision=["highest", "default"])
+    assert_type(model.up(variable), jax.Array)
+    size = np.int64(3)
+    layer = jaxlinear.nnx.Linear(
+        size, [size], precision=["high", "high"], rngs=nnx.Rngs(0)
+    )
+    assert_type(layer.in_features, int | tuple[int, ...])
+    jaxlinear.linen.Dense(size, precision=["high", "high"])
+    assert_type(jaxlinear.linen.DenseGeneral(4, (-2, -1)).use_bias, bool)
+    Product(precision=["high", "default"])
+
     report = jaxlinear.nnx.convert(model)
     assert_type(report, jaxlinear.nnx.Report)
     assert_type(report.left_alone, dict[str, str])
     assert_type(jaxlinear.nnx.revert(model), jaxlinear.nnx.Report)
+    layers = jaxlinear.nnx.layers_of(model)
+    jaxlinear.nnx.convert_tree({"a": x}, layers)
+    jaxlinear.nnx.dimension_numbers(layers, dict[str, int])({"a": x})
+    jaxlinear.linen.layers_of(nn.Dense(3), jax.random.key(0), x)
     assert_type(jaxlinear.nnx.convert_tree({"a": x}, ["a"]), dict[str, jax.Array])
     assert_type(jaxlinear.linen.Linear(2, products=FLOAT8).use_bias, bool)
 
@@ -59,4 +78,5 @@ def of_functions(x: jax.Array, weight: jax.Array) -> None:
 
 
 policy: Callable[..., bool] = jaxlinear.save_linear_outputs
+_ = Model(nnx.Rngs(0)).up.kernel  # pyright: ignore
 _ = jaxlinear.no_such_name  # pyright: ignore

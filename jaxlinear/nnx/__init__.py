@@ -7,8 +7,10 @@ except ModuleNotFoundError as _error:
     raise ModuleNotFoundError(_message, name=_error.name) from _error
 
 from jaxlinear._kernels import convert_tree as convert_tree
+from jaxlinear._kernels import dimension_numbers as dimension_numbers
 from jaxlinear._kernels import revert_tree as revert_tree
 from jaxlinear.nnx._convert import Report as Report
 from jaxlinear.nnx._convert import convert as convert
+from jaxlinear.nnx._convert import layers_of as layers_of
 from jaxlinear.nnx._convert import revert as revert
 from jaxlinear.nnx._linear import Linear as Linear

@@ -6,20 +6,30 @@ import re
 from collections import Counter
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from jax import lax
+from jax.tree_util import keystr
 
 from jaxlinear._arguments import (
     ARRAYS,
     check_model,
+    check_module,
+    check_not_flat,
     check_optimizer,
+    check_state_belongs,
+    check_state_goes_on,
     checked_products,
+    differing,
+    refuse_unstarted,
 )
 from jaxlinear._kernels import (
     Axes,
     axes_of,
+    in_state,
     kernel_of,
     weight_of,
     with_kernels,
@@ -82,16 +92,21 @@ def convert(model: nnx.Module, optimizer: nnx.Optimizer[Any] | None = None) -> R
     Args:
       model: a model. A layer that is itself the model has nothing that holds it, and is
         refused: put it into an ``nnx.Sequential``.
-      optimizer: an optimizer of this model, whose state is converted, too. For a plain
-        Optax state there is ``convert_tree(state, report.converted)``.
+      optimizer: the optimizer of this model, whose state is converted as well. Its
+        ``tx`` stays: a mask must find ``kernel`` and ``weight`` alike, and Muon must be
+        told of the axes (``dimension_numbers``). One of another model is refused by its
+        paths and shapes; where these are the same, it cannot be told from a copy's. For
+        a plain Optax state there is ``convert_tree(state, report.converted)``.
 
     Returns:
       The report. An error leaves the model and the optimizer as they were.
 
     Raises:
-      TypeError: if ``model`` is no module or is itself a layer, or ``optimizer`` is no
-        ``nnx.Optimizer``.
-      ValueError: if the optimizer has a state with other axes than its parameters'.
+      TypeError: if ``model`` is not a module or is itself a layer, or ``optimizer`` is
+        not an ``nnx.Optimizer``.
+      ValueError: if the state of the optimizer is not one of this model, keeps other
+        axes than the parameters (Adafactor, GaLore, ``optax.flatten``), or would not be
+        the one that ``optimizer.tx`` needs for the converted model.
 
     Example:
       >>> from flax import nnx
@@ -145,6 +160,40 @@ def revert(model: nnx.Module, optimizer: nnx.Optimizer[Any] | None = None) -> Re
         if not is_all:
             lost[path] = "products"
     return _carried_out(model, optimizer, plan, made, with_kernels, lost)
+
+
+def layers_of(
+    model: nnx.Module, kinds: type | tuple[type, ...] = Linear
+) -> dict[str, Axes]:
+    """The linear layers in ``model``, by path, with their numbers of axes.
+
+    That is what ``convert_tree``, ``revert_tree`` and ``dimension_numbers`` take for a
+    model that was written with our layer, and so has no report.
+
+    Args:
+      model: a model.
+      kinds: the layers to look for. Default: ours, and its subclasses. ``nnx.Linear``
+        and ``nnx.LinearGeneral`` are possible, too.
+
+    Returns:
+      A dict from dotted paths to how many input and output axes a weight has.
+
+    Raises:
+      TypeError: if ``model`` is no module.
+
+    Example:
+      >>> from flax import nnx
+      >>> import jaxlinear.nnx
+      >>> layer = jaxlinear.nnx.Linear(8, (2, 4), rngs=nnx.Rngs(0))
+      >>> jaxlinear.nnx.layers_of(nnx.Sequential(layer, nnx.relu))
+      {'layers.0': Axes(inputs=1, outputs=2)}
+    """
+    check_module(model)
+    return {
+        _dotted(path): axes_of(node.in_features, node.out_features)
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, kinds)
+    }
 
 
 # What is exchanged, and what is not.
@@ -313,11 +362,88 @@ def _of_preferred(dtype, preferred):
 def _carried_out(model, optimizer, plan, made, exchange, lost=None):
     converted = {path: axes for path, (_, axes) in plan.layers.items()}
     if optimizer is not None:
-        check_optimizer(optimizer)
-        state, _ = exchange(optimizer.opt_state, converted)
+        state = _exchanged_state(model, optimizer, converted, exchange)
         optimizer.opt_state = nnx.data(state)
     _exchange(model, made, set())
     return Report(converted, plan.left_alone, lost or {})
+
+
+def _exchanged_state(model, optimizer, converted, exchange):
+    """The optimizer's state for the exchanged layers, or an error that says why not.
+
+    Flax's optimizers do not know their model. But a state has the paths and shapes with
+    which its transformation starts: before, for the model as it is, and afterwards for
+    the model as it will be.
+    """
+    check_optimizer(optimizer, model)
+    variables, state = nnx.state(model), optimizer.opt_state
+    parameters = nnx.filter_state(variables, optimizer.wrt)
+    # An optimizer may have been stacked with its model, and a vector be a number then.
+    for stacked in range(_shared_axes(parameters) + 1):
+        initial = _initial(optimizer, variables, stacked)
+        if not differing(_shapes(state), _shapes(initial)):
+            break
+    else:
+        stacked, initial = 0, _initial(optimizer, variables, 0)
+    check_state_belongs(_shapes(state), _shapes(initial))
+    check_not_flat(_shapes(state), [np.shape(p) for p in jax.tree.leaves(parameters)])
+    state, _ = exchange(state, converted, "optimizer")
+    variables, _ = exchange(variables, converted)
+    try:
+        initial = _initial(optimizer, variables, stacked)
+    except Exception as error:
+        refuse_unstarted(error)
+    check_state_goes_on(_shapes(state), _shapes(initial))
+    return state
+
+
+def _initial(optimizer, variables, stacked):
+    """The state with which the optimizer would start, without values."""
+    init = optimizer.tx.init
+    for _ in range(stacked):
+        init = jax.vmap(init)
+    parameters = nnx.filter_state(variables, optimizer.wrt)
+    try:
+        return jax.eval_shape(init, _mapped(_without_sharding, parameters))
+    except (
+        jax.errors.ConcretizationTypeError,
+        jax.errors.TracerArrayConversionError,
+        jax.errors.TracerIntegerConversionError,
+    ):
+        return init(parameters)  # It looks at values.
+
+
+def _without_sharding(variable):
+    value = variable.get_value()
+    return variable.replace(jax.ShapeDtypeStruct(value.shape, value.dtype))
+
+
+def _mapped(function, tree):
+    """``tree`` with what the function makes of each variable."""
+    return jax.tree.map(
+        lambda leaf: function(leaf) if isinstance(leaf, nnx.Variable) else leaf,
+        tree,
+        is_leaf=lambda node: isinstance(node, nnx.Variable),
+    )
+
+
+def _shapes(state):
+    """The shapes in an optimizer's state, and in what part of it, by their paths.
+
+    Of names alone: Flax puts mappings into a state where there were lists and tuples.
+    """
+    held = _mapped(nnx.Variable.get_value, state)
+    return {
+        keystr(path, simple=True, separator="."): (np.shape(leaf), in_state(held, path))
+        for path, leaf in jax.tree.leaves_with_path(held)
+    }
+
+
+def _shared_axes(parameters):
+    """How many leading axes all have, with the same sizes."""
+    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(parameters)]
+    sizes = [len(set(axis)) == 1 for axis in zip(*shapes, strict=False)]
+    return (*sizes, False).index(False)
 
 
 def _exchange(node, made, seen):

@@ -1,8 +1,8 @@
 """The linear layer for Flax NNX."""
 
 import types
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +10,16 @@ import numpy as np
 from flax import nnx
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
 from jaxlinear._arguments import (
+    ArrayLike,
+    Integers,
     Placement,
     as_tuple,
     check_axis_matches,
     check_initializer,
+    check_unstacked,
     checked_axis,
     checked_features,
     checked_optional_dtype,
@@ -24,12 +27,13 @@ from jaxlinear._arguments import (
     checked_precision,
     checked_products,
     checked_sharding,
+    refuse_kernel,
     refuse_others,
 )
 from jaxlinear._axes import linear_over_axes
 from jaxlinear._kernels import axes_of, weight_metadata
 from jaxlinear._parameters import created_bias, created_weight
-from jaxlinear._product import Products
+from jaxlinear._product import Precision, Products
 
 
 class Linear(nnx.Module):
@@ -93,14 +97,14 @@ class Linear(nnx.Module):
 
     def __init__(
         self,
-        in_features: int | Sequence[int],
-        out_features: int | Sequence[int],
+        in_features: Integers,
+        out_features: Integers,
         *,
-        axis: int | Sequence[int] = -1,
+        axis: Integers = -1,
         use_bias: bool = True,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
-        precision: lax.PrecisionLike = None,
+        precision: Precision = None,
         products: Products | None = None,
         kernel_init: nnx.Initializer | None = None,
         bias_init: nnx.Initializer | None = None,
@@ -138,6 +142,18 @@ class Linear(nnx.Module):
             bias = created_bias(bias_init, rngs.params(), *made)
             self.bias = nnx.Param(bias, **bias_metadata)
 
+    if not TYPE_CHECKING:  # Else every name would be an attribute.
+
+        def __getattr__(self, name):
+            refuse_kernel(self, name)
+            raise AttributeError(
+                f"{type(self).__name__!r} object has no attribute {name!r}"
+            )
+
+        def __setattr__(self, name, value):
+            refuse_kernel(self, name)
+            super().__setattr__(name, value)
+
     def __call__(
         self, x: ArrayLike, out_sharding: NamedSharding | PartitionSpec | None = None
     ) -> jax.Array:
@@ -151,13 +167,16 @@ class Linear(nnx.Module):
           Y (*, out_features).
 
         Raises:
-          ValueError: if ``x`` has not the axes that are contracted, or they have other
-            sizes than in_features.
+          ValueError: if ``x`` does not have the axes that are contracted, or they have
+            other sizes than in_features, or the layer is a stack of layers, which is
+            called under ``nnx.vmap`` or ``nnx.scan``.
         """
+        weight = self.weight[...]
         bias = None if self.bias is None else self.bias[...]
+        check_unstacked(weight, bias, *axes_of(self.in_features, self.out_features))
         return linear_over_axes(
             x,
-            self.weight[...],
+            weight,
             bias,
             self.axis,
             dtype=self.dtype,

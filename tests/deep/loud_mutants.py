@@ -37,6 +37,7 @@ from jaxlinear import (
 )
 from jaxlinear.inspect import _accuracy, _hlo
 from jaxlinear.nnx import _convert
+from jaxlinear.nnx import _linear as _nnx_linear
 
 MUTANTS = {}
 mutant = functools.partial(mutants.mutant, mutants=MUTANTS)
@@ -710,6 +711,27 @@ def _():
         }
 
     replace(_kernels, "_layers_at", anywhere)
+
+
+@mutant(
+    "a stack of layers that answers",
+    "test_several_axes.py::test_a_stack_is_called_under_vmap_and_scan_and_refused_without",
+)
+def _():
+    replace(_nnx_linear, "check_unstacked", lambda right: lambda *_: None)
+
+
+OPTIMIZER = "test_convert.py::test_an_optimizer_that_does_not_fit_is_refused_and_nothing_is_changed"
+
+
+@mutant("an optimizer of another model that is converted", OPTIMIZER)
+def _():
+    replace(_convert, "check_state_belongs", lambda right: lambda *_: None)
+
+
+@mutant("a filter of names that finds nothing afterwards", OPTIMIZER)
+def _():
+    replace(_convert, "check_state_goes_on", lambda right: lambda *_: None)
 
 
 @mutant(
