@@ -83,8 +83,8 @@ def load(
 
     - Flax's own layers have PyTorch's names: ``weight`` for the ``scale`` of a norm and
       the ``embedding`` of an ``Embed``, ``running_mean`` and ``running_var`` for
-      ``mean`` and ``var``, whose ``num_batches_tracked`` is ignored. A source that has
-      Flax's names is taken, too. The ``kernel`` of an ``nnx.Linear``,
+      ``mean`` and ``var``, whose ``num_batches_tracked`` is ignored. A source with
+      Flax's names is also taken. The ``kernel`` of an ``nnx.Linear``,
       ``nnx.LinearGeneral`` or ``nnx.Conv`` is PyTorch's ``weight``, transposed. In
       Linen's variables, where a name does not tell the layer, a ``kernel`` stays one.
     - A tied parameter has several names, of which the source must have one; the others
@@ -94,8 +94,8 @@ def load(
       so on where the source has those, or wherever ``rename`` puts a ``{}``.
     - The weight (*out, *in) of a layer with several axes takes PyTorch's matrix.
     - A weight of the source that is (in, out), as those of a ``Conv1D`` of Hugging
-      Face's GPT-2, is for the caller to transpose. Where shapes show it, they are
-      marked in the error, and a square weight beside them is not taken, either.
+      Face's GPT-2, must be transposed by the caller. Where shapes show it, the error
+      says so, and a square weight beside such ones is refused with them.
 
     Args:
       target: an NNX module, which is filled in place, or a tree of arrays, such as

@@ -182,9 +182,10 @@ def test_what_does_not_fit_is_listed_and_nothing_is_changed():
 
 
 class Blocks(nnx.Module):
-    """With a square weight in each block, beside one that is not."""
+    """With square weights in each block, beside one that is not."""
 
     def __init__(self, rngs):
+        self.table = nnx.Embed(4, 4, rngs=rngs)  # Which nobody transposes.
         self.head = Linear(4, 2, rngs=rngs)
         self.blocks = nnx.List(
             nnx.Dict(
