@@ -50,10 +50,11 @@ def tensors_of(source) -> dict[str, Tensor]:
         )
     path = Path(source)
     if path.is_dir():
-        files = sorted(file.name for file in path.iterdir() if _ends(file, _READ))
+        files = [file.name for file in path.iterdir() if _ends(file, _READ)]
+        files.sort(key=lambda name: (not name.endswith(".json"), name))
+        advice = f": pass a file of it, such as {files[0]!r}" if files else ""
         raise ValueError(
-            f"`source` must be a file, got the folder {str(path)!r}, of which the files"
-            f" that can be loaded are {files}"
+            f"`source` must be a file, got the folder {str(path)!r}{advice}"
         )
     _check_ending("source", path, _READ)
     return _of_index(path) if path.suffix == ".json" else _of_file(path)

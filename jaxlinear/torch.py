@@ -583,7 +583,8 @@ def _perhaps_transposed(weights):
         *stacked, outs, ins = weight.expected
         fits = weight.shape == weight.expected
         if outs == ins and fits:
-            squares[name] = weight
+            if outs > 1:
+                squares[name] = weight
         elif fits:
             right |= dict.fromkeys(_modules_around(name), name)
         elif weight.shape == (*stacked, ins, outs):

@@ -289,6 +289,11 @@ def test_nothing_is_suspected_where_no_shape_shows_it():
     # All are square; one layer alone; the others came right.
     for sizes in [(4, 4)] * 3, [(4, 4)], [(4, 4), (3, 4), (4, 3)]:
         load(linears(sizes), source(sizes))
+    # One element is the same either way.
+    _, left_out = load(
+        linears([(1, 1), (3, 4)]), source([(1, 1), (4, 3)]), strict=False
+    )
+    assert not left_out.perhaps_transposed
     # Another shape is not the one the other way round; nor is a vector or an embedding.
     target = linears([(4, 4), (3, 4)]) | {"table": {"embedding": np.zeros((5, 2))}}
     others = source([(4, 4), (3, 5)]) | {"table.embedding": np.ones((2, 5))}
@@ -750,14 +755,21 @@ def test_a_file_has_the_mode_of_the_umask_or_of_the_old_file(file, tmp_path):
         os.umask(old)
 
 
-def test_a_folder_is_refused_with_the_files_in_it(tmp_path):
+def test_a_folder_is_refused_with_a_file_in_it(tmp_path):
     save(model_of(), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(
         ValueError,
-        match=r"^`source` must be a file, got the folder .*\['model.safetensors'\]$",
+        match=r"^`source` must be a file, got the folder .* 'model.safetensors'$",
     ):
         load(model_of(), tmp_path)
+    # The index and not one of its files.
+    save(model_of(), tmp_path / "model.safetensors.index.json")
+    with pytest.raises(ValueError, match=r"such as 'model.safetensors.index.json'$"):
+        load(model_of(), tmp_path)
+    (empty := tmp_path / "empty.safetensors").mkdir()
+    with pytest.raises(ValueError, match=r"got the folder '.*empty.safetensors'$"):
+        load(model_of(), empty)
 
 
 def test_a_sharded_file_has_shards_and_replaces_those_before(tmp_path, monkeypatch):
