@@ -5,10 +5,12 @@ safetensors package, an index here, and a file of PyTorch's by PyTorch, which un
 nothing but tensors.
 """
 
+import errno
 import io
 import json
 import os
 import secrets
+import stat
 import sys
 import zipfile
 from collections.abc import Callable, Mapping
@@ -20,8 +22,9 @@ import ml_dtypes
 import numpy as np
 
 INDEX = ".safetensors.index.json"
-PICKLED = (".pt", ".pth", ".bin")
-_ENDINGS = f".safetensors, {INDEX}, .pt, .pth or .bin"
+PICKLED = (".pt", ".pth", ".bin", ".ckpt")
+_WRITTEN = (".safetensors", INDEX, ".pt", ".pth", ".bin")
+_READ = (*_WRITTEN, ".bin.index.json", ".ckpt")
 _SHARD_BYTES = 5 * 10**9  # As the Hugging Face Hub has them.
 
 
@@ -46,15 +49,31 @@ def tensors_of(source) -> dict[str, Tensor]:
             f"`source` must be a path or a state dict, got {type(source).__name__}"
         )
     path = Path(source)
-    check_ending("source", path)
-    if path.suffix in PICKLED:
-        return _of_pytorch_file(path)
-    return _of_index(path) if path.name.endswith(INDEX) else _of_safetensors(path)
+    if path.is_dir():
+        files = [file.name for file in path.iterdir() if _ends(file, _READ)]
+        files.sort(key=lambda name: (not name.endswith(".json"), name))
+        advice = f": pass a file of it, such as {files[0]!r}" if files else ""
+        raise ValueError(
+            f"`source` must be a file, got the folder {str(path)!r}{advice}"
+        )
+    _check_ending("source", path, _READ)
+    return _of_index(path) if path.suffix == ".json" else _of_file(path)
 
 
-def check_ending(name, path):
-    if not path.name.endswith((".safetensors", INDEX, *PICKLED)):
-        raise ValueError(f"`{name}` must end in {_ENDINGS}, got {path.name!r}")
+def _of_file(path):
+    return (_of_pytorch_file if path.suffix in PICKLED else _of_safetensors)(path)
+
+
+def _ends(path, endings):
+    return path.name.endswith(endings)
+
+
+def _check_ending(name, path, endings):
+    if not _ends(path, endings):
+        *others, last = endings
+        raise ValueError(
+            f"`{name}` must end in {', '.join(others)} or {last}, got {path.name!r}"
+        )
 
 
 # In memory.
@@ -65,6 +84,20 @@ def _in_memory(name, value):
         raise TypeError(f"`source` must have names for its tensors, got {name!r}")
     torch = sys.modules.get("torch")  # Without it nothing is a tensor of PyTorch.
     if torch and isinstance(value, torch.Tensor):
+        if type(value).__torch_dispatch__ != torch.Tensor.__torch_dispatch__:
+            # One that stands for tensors elsewhere, or packed in some way.
+            is_whole_elsewhere = hasattr(value, "full_tensor")
+            raise TypeError(
+                f"`source` must have dense tensors with values, got"
+                f" {type(value).__name__} at {name!r}"
+                + is_whole_elsewhere
+                * ": pass its `full_tensor()`, which every process must call"
+            )
+        if torch.nn.parameter.is_lazy(value):
+            raise TypeError(
+                f"`source` must have dense tensors with values, got {name!r}, which"
+                " PyTorch draws at the first call of its layer"
+            )
         if value.layout is not torch.strided or value.is_meta or value.is_quantized:
             raise TypeError(
                 f"`source` must have dense tensors with values, got {name!r} with"
@@ -184,7 +217,7 @@ def _shards(path):
         if not isinstance(file, str) or Path(file).name != file:
             raise _not_an_index(path, f"{file!r} is no name of a file beside it")
         if file not in files:
-            files[file] = _of_safetensors(path.parent / file)
+            files[file] = _of_file(path.parent / file)
     for name, file in where.items():
         if name not in files[file]:
             raise _not_an_index(path, f"{file} has no tensor {name!r}")
@@ -192,7 +225,7 @@ def _shards(path):
 
 
 def _not_an_index(path, why):
-    return ValueError(f"`source` must be an index of safetensors files, {path}: {why}")
+    return ValueError(f"`source` must be an index of files beside it, {path}: {why}")
 
 
 def _json(path, text) -> Any:
@@ -226,6 +259,8 @@ def _of_pytorch_file(path):
             f"`source` must be a state dict that PyTorch can load, {path}: {error}"
         )
         raise ValueError(message) from error
+    if path.suffix == ".ckpt" and isinstance(state, Mapping):
+        state = state.get("state_dict", state)  # Lightning's has more beside it.
     if not isinstance(state, Mapping):
         kind = type(state).__name__
         raise ValueError(f"`source` must hold a state dict, got {kind} in {path}")
@@ -258,17 +293,44 @@ def _torch():
 
 
 def write(path, arrays: Mapping[str, Any]):
-    """Write arrays by name; an array on devices is fetched when it is written."""
-    check_ending("path", path)
-    path = Path(os.path.realpath(path))  # A link stays one.
+    """Write arrays by name; an array on devices is fetched when it is written.
+
+    Whatever goes wrong with the file is an OSError that names the path.
+    """
+    _check_ending("path", path, _WRITTEN)
+    named, path = path, Path(os.path.realpath(path))  # A link stays one.
+    _check_dtypes(path, arrays)
+    write_file = _write_pickled if path.suffix in PICKLED else _write_safetensors
+    try:
+        if path.exists() and not path.is_file():
+            # A device would be replaced, and a folder is noticed at the very end.
+            kind = errno.EISDIR if path.is_dir() else errno.EINVAL
+            raise OSError(kind, os.strerror(kind))
+        if path.name.endswith(INDEX):
+            _write_shards(path, arrays)
+        else:
+            _replace(path, lambda file: write_file(file, arrays))
+    except OSError as error:
+        if error.errno is None:
+            message = f"`path` must be a file that can be written, {named}: {error}"
+            raise OSError(message) from error
+        # What failed may be the file beside it.
+        raise OSError(error.errno, error.strerror, str(named)) from error
+
+
+def _check_dtypes(path, arrays):
+    known = {*_NAMES_IN_SAFETENSORS.values()}
     if path.suffix in PICKLED:
-        torch, hosts = _torch(), _fetched(arrays)
-        state = {name: _to_torch(array.copy()) for name, array in hosts.items()}
-        _replace(path, lambda file: torch.save(state, file))
-    elif path.name.endswith(INDEX):
-        _write_shards(path, arrays)
+        _torch()
+        known.add("complex128")
     else:
-        _replace(path, lambda file: _write_safetensors(file, arrays))
+        _safetensors()
+    for name, array in arrays.items():
+        if str(array.dtype) not in known:
+            raise ValueError(
+                f"`source` must have dtypes that the file can have, got {array.dtype}"
+                f" at {name!r}"
+            )
 
 
 def _fetched(arrays):
@@ -278,15 +340,28 @@ def _fetched(arrays):
 
 
 def _write_safetensors(file, arrays):
-    safetensors = _safetensors()
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
+    hosts = _fetched(arrays)
     try:
         # Other readers ask for the format.
-        save_file(_fetched(arrays), file, metadata={"format": "pt"})
-    except safetensors.SafetensorError as error:
-        message = f"`source` must have dtypes that the file can have: {error}"
-        raise ValueError(message) from error
+        save_file(hosts, file, metadata={"format": "pt"})
+    except SafetensorError as error:  # The dtypes are known to be right.
+        raise OSError(str(error)) from error
+
+
+def _write_pickled(file, arrays):
+    torch = _torch()
+    state = {name: _to_torch(a.copy()) for name, a in _fetched(arrays).items()}
+    with open(file, "wb", buffering=0) as opened:
+        try:
+            torch.save(state, opened)
+        except RuntimeError as error:
+            # PyTorch hides the error of the disk behind one of its own.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise OSError(str(error)) from error
 
 
 def _write_shards(index, arrays):
@@ -337,9 +412,14 @@ def _files_of(index):
 
 def _replace(path, write):
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    # The mode of the old file, or that of any new one, whatever the writer makes.
+    mode = path.stat().st_mode if path.exists() else None
+    with open(temporary, "xb") as file:
+        mode = mode or os.fstat(file.fileno()).st_mode
     try:
         write(temporary)
         with open(temporary, "rb+") as file:
+            temporary.chmod(stat.S_IMODE(mode))
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:

@@ -66,6 +66,9 @@ def of_modules(x: jax.Array) -> None:
 
     jaxlinear.torch.save(model, "model.safetensors", rename={"up": "linear1"})
     jaxlinear.torch.load(model, "model.safetensors", strict=False)
+    names = {"table.embedding": ("wte.weight", "lm_head.weight")}
+    jaxlinear.torch.load(model, {}, rename=names, ignore=["*.attn.bias"])
+    jaxlinear.torch.save(model, "model.pt", rename=lambda name: name, prefix="model.")
 
 
 def of_functions(x: jax.Array, weight: jax.Array) -> None:

@@ -754,6 +754,25 @@ def _():
 
 
 @mutant(
+    "square weights that nobody suspects",
+    "test_torch.py::test_square_weights_among_transposed_ones_are_suspected_and_not_loaded",
+)
+def _():
+    replace(torch, "_perhaps_transposed", lambda right: lambda weights: {})
+
+
+@mutant(
+    "a kernel of Flax's that is given PyTorch's name alone",
+    "test_torch.py::test_layers_of_flax_have_the_names_and_the_layout_of_pytorch",
+)
+def _():
+    def in_order(right):
+        return lambda shape, counts, order, last: torch._Form(shape, last)
+
+    replace(torch, "_form", in_order)
+
+
+@mutant(
     "a file that is written in its place",
     "test_torch.py::test_a_save_that_fails_leaves_the_old_file_and_nothing_else",
 )
