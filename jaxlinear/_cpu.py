@@ -113,8 +113,8 @@ def _reads_bfloat16():
 
     if not _has_backend():
         return False
-    compiled = _compiled(product, (64, 64), 2)
-    return compiled.memory_analysis().temp_size_in_bytes == 0
+    memory = _compiled(product, (64, 64), 2).memory_analysis()
+    return memory is not None and memory.temp_size_in_bytes == 0
 
 
 def _compiled(function, shape, count):

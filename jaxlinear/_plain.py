@@ -17,12 +17,12 @@ _in_plain_autodiff = jax.make_user_context(default_value=False)
 def plain_autodiff() -> Iterator[None]:
     """A context in which ``linear`` is the naive formula, differentiated by autodiff.
 
-    It is for libraries that replace ``lax.dot_general``, as the quantizers Qwix and AQT
-    do, and for those that look for it in a program and know no primitive of ours, such
-    as exporters to ONNX and the compiler of Pallas kernels for TPUs. Inside the context
-    ``linear`` is not jitted, and its product is one ``lax.dot_general``. JAX's own
-    transformations need no switch, nor do libraries that take a rule for
-    :data:`jaxlinear.PRIMITIVES`.
+    It is for libraries that look for ``lax.dot_general`` in a program and know no
+    primitive of ours, such as exporters to ONNX and the compiler of Pallas kernels for
+    TPUs. Inside the context ``linear`` is not jitted, and its product is one
+    ``lax.dot_general``. Quantizers that replace that function, as Qwix and AQT do, need
+    no switch: the layer is the naive formula while they run a model. Nor do JAX's own
+    transformations, or libraries that take a rule for :data:`jaxlinear.PRIMITIVES`.
 
     What is computed is then what the naive formula computes: Y is rounded before the
     bias is added and again afterwards, and parameter gradients have the accuracy of the
