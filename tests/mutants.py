@@ -150,7 +150,7 @@ def _():
 
 @mutant(
     "output rounded before the bias is added",
-    "test_values.py::test_float16_output_survives_a_product_that_alone_would_overflow",
+    "test_products.py::test_every_product_is_rounded_once_from_operands_of_its_own_dtype[(64,)-float32 arguments]",
 )
 def _():
     def rounded(forward, *gradients):
