@@ -532,7 +532,9 @@ def _matched(parameters, tensors, rename, prefix, ignore):
             ):
                 wrong_dtype[name] = f"{dtype}, which needs jax_enable_x64"
             path = parameter.names[0]
-            if len(expected) > 1 and _last(path) in ("weight", "kernel"):
+            # Matrices and stacks of them; a reordered one of three axes is of a Conv.
+            is_matrix = len(expected) in ((2,) if form.order else (2, 3))
+            if is_matrix and _last(path) in ("weight", "kernel"):
                 shapes = expected, tensor.shape
                 weights[name] = _Weight(number, *shapes, "" if form.order else path)
         if first.keys() & (wrong_shape.keys() | wrong_dtype.keys()):
@@ -577,7 +579,7 @@ class _Weight(NamedTuple):
 
 
 def _perhaps_transposed(weights):
-    """What shows that a square weight may be (in, out) for (out, in), by its name."""
+    """Why square weights may be (in, out) instead of (out, in), by their names."""
     squares, right, turned = {}, {}, {}
     for name, weight in weights.items():
         *stacked, outs, ins = weight.expected
@@ -595,7 +597,8 @@ def _perhaps_transposed(weights):
         if around and around[0] in turned:
             reasons[name] = f"as {turned[around[0]]} is"
         elif not around and {_last(name), _last(weight.path)} == {"weight", "kernel"}:
-            reasons[name] = f"{weight.path} is not of that name"
+            names = "a weight is (out, in), a kernel (in, out)"
+            reasons[name] = f"for {weight.path}: {names}"
     return reasons
 
 
@@ -639,7 +642,7 @@ def _advice(parameters, tensors, rename, prefix):
         wrappers = sorted(
             {part for name in tensors for part in _WRAPPERS.findall(name)}
         )
-        how = f"where the names of the source have not {' or '.join(wrappers)}"
+        how = f"without {' and '.join(wrappers)} in the names of the source"
     else:
         return ""
     return f"\n{found} of {len(parameters)} parameters are found {how}"

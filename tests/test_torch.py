@@ -266,7 +266,7 @@ def test_a_square_kernel_is_not_taken_for_a_weight(here, there):
     state = {there: np.ones((3, 3))}
     with pytest.raises(
         ValueError,
-        match=rf"perhaps transposed \(1\):\n  {there}: {here} is not of that",
+        match=rf"perhaps transposed \(1\):\n  {there}: for {here}: a weight is",
     ):
         load(tree, state, rename={here: there})
     # Beside one whose shape shows that it came right, it is.
@@ -304,6 +304,12 @@ def test_nothing_is_suspected_where_no_shape_shows_it():
             "table.embedding": "expected (5, 2), got (2, 5) (transposed?)",
         }
     )
+    # A square patch is not a square matrix.
+    model = nnx.Dict(
+        conv=nnx.Conv(2, 3, (5, 5), rngs=nnx.Rngs(0)), up=Linear(3, 4, rngs=nnx.Rngs(0))
+    )
+    state = random_state(shapes={"conv.weight": (3, 2, 5, 5), "up.weight": (3, 4)})
+    assert not load(model, state, strict=False).perhaps_transposed
     # The nearest weights decide: those of a block are right beside a transposed head.
     target = {"head": {"weight": np.zeros((2, 4))}, "block": linears([(4, 4), (3, 4)])}
     others = {f"block.{n}": a for n, a in source([(4, 4), (3, 4)]).items()}
@@ -313,7 +319,7 @@ def test_nothing_is_suspected_where_no_shape_shows_it():
 
 
 class Mixed(nnx.Module):
-    """One of each layer of Flax's that PyTorch has, too."""
+    """One of each layer of Flax's that PyTorch also has."""
 
     def __init__(self, rngs):
         def norm(kind, **options):
@@ -556,8 +562,8 @@ def test_wrappers_inside_of_names_are_named():
     }
     with pytest.raises(
         ValueError,
-        match=r"\n4 of 4 parameters are found where the names of the source have not"
-        r" _orig_mod. or module.$",
+        match=r"\n4 of 4 parameters are found without _orig_mod. and module. in the"
+        r" names of the source$",
     ):
         load(model_of(), state)
     # Where nothing is known, nothing is said.
