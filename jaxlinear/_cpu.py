@@ -265,8 +265,10 @@ def _doubled(a, b, call):
 
 
 def _dot(a, b, call):
-    # XLA that reads bfloat16 as it is needs no float32 array to round from, either.
+    # XLA that reads bfloat16 as it is needs no float32 array to round from, either. Of
+    # several devices each would round its part of a sum.
     is_rounded = a.dtype == call.leaving == "bfloat16" and _reads_bfloat16()
+    is_rounded = is_rounded and has_one_device()
     return dot_general(
         a,
         b,
