@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from jaxlinear._by_platform import by_platform, visible_by_platform
-from jaxlinear._cpu import has_one_device
+from jaxlinear._cpu import has_one_device, has_own_form
 from jaxlinear._multiply import ArrayProduct, multiply_arrays
 from jaxlinear._plain import dot_general
 from jaxlinear._product import Product
@@ -281,7 +281,10 @@ class _ValuesProduct(NamedTuple):
         a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
         wide = Product(a.dtype, self.precision, jnp.dtype("float32"))
         arrays = ArrayProduct(self.contracted_axes, wide, self.sharding)
-        return arrays.on(platform, is_alone, a, b).astype(self.dtype)
+        options = self.contracted_axes, self.precision, self.sharding
+        if has_own_form(a, b, *options):
+            return arrays.on(platform, is_alone, a, b).astype(self.dtype)
+        return arrays.plain(a, b).astype(self.dtype)
 
 
 def _may_overflow(a, contracted_axes):
