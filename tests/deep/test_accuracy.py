@@ -115,7 +115,8 @@ def largest_ratio(name, quantity, peer):
     if name == "mixed" and is_gradient:
         # Gradients in float32. In compiled programs for CPU, XLA leaves out roundings
         # of autodiff and multiplies in float32, in shorter blocks than in bfloat16.
-        return 4
+        # With AMX the ratio is 4.9 at 65,536 rows.
+        return 6
     if name == "float32":
         # PyTorch's library adds up shorter blocks than XLA's: how short depends on the
         # CPU. On one without AVX-512 the ratio is 2.3.
