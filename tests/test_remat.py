@@ -84,3 +84,19 @@ def test_policies_for_products_see_those_of_bfloat16_on_accelerators(layer):
     layer = functools.partial(layer, dtype="bfloat16")
     assert products_on_tpu(layer, NOTHING) == BACKWARD + 2 * LAYERS
     assert products_on_tpu(layer, PRODUCTS) == BACKWARD + LAYERS
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_policy_for_products_saves_ours_in_every_dtype(has_bias, dtype, capsys):
+    x, weight = jnp.ones((16, 64)), jnp.ones((64, 64))
+    bias = jnp.ones(64) if has_bias else None
+
+    def block(x):
+        for _ in range(2):
+            x = jnp.tanh(linear(x, weight, bias, dtype=dtype)).astype("float32")
+        return x
+
+    saved = jax.checkpoint_policies.dots_saveable
+    jax.ad_checkpoint.print_saved_residuals(jax.checkpoint(block, policy=saved), x)
+    assert capsys.readouterr().out.count("[16,64] output of jitted function") >= 2
