@@ -172,22 +172,18 @@ def multiply_quantized(a, b, contracted_axes, product, sharding):
     if varying and _varies_elsewhere(b.scale, contracted_axes[1]):
         # Such a scale, which `jax.vmap` makes of one for each row, is no factor of the
         # sum. Bfloat16 has the bits of an 8-bit value with its scale.
-        leaving = product.preferred_element_type
         scaled = Product(jnp.dtype("bfloat16"), product.precision, jnp.dtype("float32"))
         Y = multiply_arrays(a.array, b, contracted_axes, scaled, sharding)
-        return Y.astype(leaving)
+        return Y.astype(product.preferred_element_type)
     if varying:
         a, b = _with_scale_of(b, a, contracted_axes)
         a = as_operand(a, product, 0, contracted_axes[0])
     scale = _scale_of_product(a, b, contracted_axes, sharding)
-    form, operands = (
-        _ScaledProduct(contracted_axes, product, sharding),
-        (a.values, b.values),
-    )
-    is_one = product.preferred_element_type == "bfloat16" and not scale.ndim
-    if is_one and product.dtype[0] != "int8":
-        return visible_by_platform(form, *operands, scale)
-    return form.plain(*operands, scale)
+    form = _ScaledProduct(contracted_axes, product, sharding)
+    is_rounded = product.preferred_element_type == "bfloat16" and not scale.ndim
+    if is_rounded and product.dtype[0] != "int8":
+        return visible_by_platform(form, a.values, b.values, scale)
+    return form.plain(a.values, b.values, scale)
 
 
 class _ScaledProduct(NamedTuple):
