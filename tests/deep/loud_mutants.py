@@ -22,6 +22,7 @@ from mutants import (
 
 from jaxlinear import (
     _arguments,
+    _by_platform,
     _cpu,
     _formulas,
     _kernels,
@@ -150,10 +151,10 @@ def _():
     "test_products.py::test_accelerators_multiply_in_bfloat16_and_round_where_it_is_free",
 )
 def _():
-    def without_gpus(right):
-        return lambda *a, cuda=None, rocm=None, **platforms: right(*a, **platforms)
+    def without_gpus(self, platform, is_alone, *operands):
+        return self.plain(*operands)
 
-    replace_in_library(_formulas, "lax", platform_dependent=without_gpus)
+    _formulas._ForwardProduct.on = without_gpus
 
 
 # What is kept for the backward pass.
@@ -536,7 +537,7 @@ def _():
     "test_interpreters.py::test_roofline_counts_the_operations_of_a_layer",
 )
 def _():
-    replace(_open, "platform_dependent", lambda right: jax.lax.platform_dependent)
+    replace(_by_platform, "is_open", lambda right: lambda: False)
 
 
 @mutant(
