@@ -4,9 +4,7 @@ import typing as _typing
 from importlib import import_module as _import_module
 from importlib.metadata import version as _version
 
-from jaxlinear import _jet as _jet
 from jaxlinear._linear import linear as linear
-from jaxlinear._linear import save_linear_outputs as save_linear_outputs
 from jaxlinear._plain import plain_autodiff as plain_autodiff
 from jaxlinear._primitives import PRIMITIVES as PRIMITIVES
 from jaxlinear._product import ALTERNATIVE_FLOAT16 as ALTERNATIVE_FLOAT16
@@ -15,6 +13,7 @@ from jaxlinear._product import FLOAT8_E4M3 as FLOAT8_E4M3
 from jaxlinear._product import INT8 as INT8
 from jaxlinear._product import Product as Product
 from jaxlinear._product import Products as Products
+from jaxlinear._remat import save_linear_outputs as save_linear_outputs
 from jaxlinear.inspect import explain as explain
 
 __version__ = _version("jaxlinear")

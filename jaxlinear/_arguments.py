@@ -25,7 +25,7 @@ from jaxlinear._product import (
     Product,
     Products,
     Scaling,
-    accumulator,
+    accumulator_dtype,
     is_algorithm,
 )
 
@@ -331,7 +331,7 @@ def _checked_scaling(name, product, own):
 def _check_kinds(name, product, dtype):
     """Refuse dtypes that do not go together; ``dtype`` is the layer's, or None."""
     if product.is_scaled:
-        allowed = (accumulator(product.dtype[0]),)
+        allowed = (accumulator_dtype(product.dtype[0]),)
         if dtype is not None and _kind(dtype) != "floating":
             raise TypeError(
                 f"`{name}.dtype` of 8 bits must be in a layer of a floating dtype, got"
@@ -339,7 +339,7 @@ def _check_kinds(name, product, dtype):
             )
     else:
         own = dtype if product.dtype is None else product.operand_dtype
-        allowed = accumulator(own), own
+        allowed = accumulator_dtype(own), own
         if dtype is not None and _kind(own) != _kind(dtype):
             raise TypeError(
                 f"`{name}.dtype` must be {_kind(dtype)} as {dtype} is, got {own}"
@@ -382,8 +382,8 @@ def completed(products, dtype, x, weight, bias):
         # Of 8 bits as if the operands had those of the layer.
         own = dtype if product.is_scaled else product.operand_dtype
         if own != result:  # The product must not round to another dtype first.
-            own = accumulator(own)
-        elif name == "forward" and bias is not None and own != accumulator(own):
+            own = accumulator_dtype(own)
+        elif name == "forward" and bias is not None and own != accumulator_dtype(own):
             own = None
         return product._replace(preferred_element_type=own)
 

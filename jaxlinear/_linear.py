@@ -5,15 +5,12 @@ the dtype, the op computes, the rule differentiates.
 """
 
 from functools import partial
-from inspect import unwrap
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.custom_derivatives import CustomVJPPrimal
-from jax.extend.core import Primitive
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
@@ -26,23 +23,22 @@ from jaxlinear._arguments import (
     completed,
     compute_dtype,
 )
-from jaxlinear._formulas import (
+from jaxlinear._every_mode import Term, in_every_mode
+from jaxlinear._op.formulas import (
     bias_gradient,
     forward_product,
     input_gradient,
     weight_gradient,
 )
-from jaxlinear._linear_map import LinearMap, Term, linear_map, linear_map_p
-from jaxlinear._plain import is_plain, plain_linear
-from jaxlinear._product import Precision, Products, accumulator
-from jaxlinear._quantized import as_operand, as_shared_operand, kept_operand
-from jaxlinear._sharding import (
+from jaxlinear._op.operands import kept_operand, operand, shared_operand
+from jaxlinear._op.sharding import (
     ArrayType,
     broadcast_over_rows,
     cotangent_type,
     is_traced_with_explicit_axes,
-    vary_together,
 )
+from jaxlinear._plain import is_plain, plain_linear
+from jaxlinear._product import Precision, Products, accumulator_dtype
 
 
 def linear(
@@ -166,21 +162,49 @@ def _apply(x, weight, bias, *, dtype=None, products=None, out_sharding=None):
     if is_plain() or not jnp.issubdtype(dtype, jnp.inexact):
         precision = products.forward.precision
         return plain_linear(x, weight, bias, dtype, precision, out_sharding)
-    operands = vary_together(x, weight, bias)
-    gradient_types = tuple(map(cotangent_type, operands))
-    Y_type = ArrayType(dtype, out_sharding)
-    return _linear_in_every_mode(*operands, products, Y_type, gradient_types)
+    spec = Spec(
+        products,
+        Y=ArrayType(dtype, out_sharding),
+        X=cotangent_type(x),
+        W=cotangent_type(weight),
+        B=None if bias is None else cotangent_type(bias),
+    )
+    op = _linear_of_these_axes if spec.has_given_axes else _linear_of_any_axes
+    return op(x, weight, bias, spec)
 
 
 _apply_jitted = jax.jit(_apply, static_argnames=("dtype", "products", "out_sharding"))
+
+
+class Spec(NamedTuple):
+    """What the op is told besides its arrays: data with a hash, for JAX's caches.
+
+    Y is the type of the result. X, W and B are the types of the gradients.
+    """
+
+    products: Products
+    Y: ArrayType
+    X: ArrayType
+    W: ArrayType
+    B: ArrayType | None
+
+    @property
+    def has_given_axes(self):
+        """Whether a mapped axis cannot become a leading axis.
+
+        A sharding has a number of axes, and a scale per tensor is that of one tensor.
+        """
+        is_sharded = any(t is not None and t.sharding for t in (self.X, self.W, self.B))
+        return is_sharded or any(p.scaling == "per_tensor" for p in self.products)
+
 
 # The op: Y = X Wᵀ + B. Each product casts its operands inside it, so that the rule
 # below decides in which dtype each gradient leaves its product.
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _linear(x, weight, bias, products, Y_type, gradient_types):
-    return forward_product(x, weight, bias, products.forward, Y_type)
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _linear(x, weight, bias, spec):
+    return forward_product(x, weight, bias, spec.products.forward, spec.Y)
 
 
 # The rule. With y_no = Σ_i x_ni w_oi + b_o for each row n of the leading axes, and
@@ -195,135 +219,95 @@ def _linear(x, weight, bias, products, Y_type, gradient_types):
 # product, and with its scale where that has 8 bits.
 
 
-def _linear_forward(x, weight, bias, products, Y_type, gradient_types):
-    forward, input_grad, weight_grad = products
+class Residuals(NamedTuple):
+    """What is kept: X for ∇W, W for ∇X, and an empty array (*, 0) with Y's rows."""
+
+    X: Any
+    W: Any
+    rows: jax.Array | None
+
+
+def _linear_forward(x, weight, bias, spec):
+    forward, input_grad, weight_grad = spec.products
     *leading, last = range(x.value.ndim)
-    X = as_operand(x.value, forward, 0, (last,))
-    W = as_operand(weight.value, forward, 1, (1,))
-    Y = forward_product(X, W, bias and bias.value, forward, Y_type)
-    X = kept_operand(x.value, X, weight_grad, (*leading,)) if weight.perturbed else None
-    W = kept_operand(weight.value, W, input_grad, (0,)) if x.perturbed else None
-    return Y, (X, W)
+    X = operand(x.value, forward, 0, (last,))
+    W = operand(weight.value, forward, 1, (1,))
+    B = None if bias is None else bias.value
+    Y = checkpoint_name(forward_product(X, W, B, forward, spec.Y), "linear")
+    return Y, Residuals(
+        X=kept_operand(x.value, X, weight_grad, leading) if weight.perturbed else None,
+        W=kept_operand(weight.value, W, input_grad, (0,)) if x.perturbed else None,
+        rows=_rows(Y) if _lacks_rows(x, weight, bias) else None,
+    )
 
 
-def _linear_backward(products, Y_type, gradient_types, residuals, G):
-    X, W = residuals
-    _, input_grad, weight_grad = products
-    X_type, W_type, B_type = gradient_types
-    grad_B = None if B_type is None else bias_gradient(G, B_type)
-    G = as_shared_operand(G, input_grad, weight_grad)
-    grad_X = None if W is None else input_gradient(G, W, input_grad, X_type)
-    grad_W = None if X is None else weight_gradient(G, X, weight_grad, W_type)
+def _linear_backward(spec, residuals, G):
+    X, W, _ = residuals
+    _, input_grad, weight_grad = spec.products
+    if G.dtype != spec.Y.dtype:  # A sum over what is mapped, which has more bits.
+        input_grad, weight_grad = (
+            input_grad.widened(G.dtype),
+            weight_grad.widened(G.dtype),
+        )
+    grad_B = None if spec.B is None else bias_gradient(G, spec.B)
+    G = shared_operand(G, input_grad, weight_grad)
+    grad_X = None if W is None else input_gradient(G, W, input_grad, spec.X)
+    grad_W = None if X is None else weight_gradient(G, X, weight_grad, spec.W)
     return grad_X, grad_W, grad_B
 
 
 _linear.defvjp(_linear_forward, _linear_backward, symbolic_zeros=True)
 
 
-# Every mode. The layer is a linear map of x and B, which can be transposed. Its
-# differential dY = dX Wᵀ + X dWᵀ + dB is one of the tangents, and that one's transpose
-# is the rule above. `_linear_map.py` is how JAX is told so.
+def _lacks_rows(x, weight, bias):
+    """Whether dY may have no operand with the leading axes, or the mapped ones, of Y.
+
+    Under `jax.vmap` a bias that is mapped maps Y. The tangent is mapped by dB, by the
+    rows, or by JAX: then it would sum the cotangents in their own dtype.
+    """
+    if bias is None:
+        return False
+    return not bias.perturbed or not (x.perturbed or weight.perturbed)
 
 
-def _linear_in_every_mode(x, weight, bias, *statics):
-    layer = _map(_layer, statics, _derivative)
-    return linear_map(layer, (None, weight, None), (x, None, bias))
+def _rows(Y):
+    return lax.stop_gradient(Y)[..., :0]
 
 
-def _derivative(statics, primals, tangents):
-    ((_, weight, _), (x, _, bias)), ((_, dW, _), (dX, _, dB)) = primals, tangents
-    Y, residuals = _linear_forward(
-        CustomVJPPrimal(x, dX is not None),
-        CustomVJPPrimal(weight, dW is not None),
-        bias if bias is None else CustomVJPPrimal(bias, dB is not None),
-        *statics,
-    )
-    Y = checkpoint_name(Y, "linear")
-    # Where a bias is mapped, Y is, and then so must be what its cotangent comes to.
-    is_alone = dB is None or (dX is None and dW is None)
-    rows = lax.stop_gradient(Y)[..., :0] if bias is not None and is_alone else None
-    return Y, linear_map(_map(_differential, statics), (*residuals, rows), (dX, dW, dB))
+# Forward mode, and with it every mode: the differential, whose transpose is the rule.
 
 
-def _layer(statics, residuals, operands):
-    (_, weight, _), (x, _, bias) = residuals, operands
-    # Without the rule, which is the differential's: interpreters see the formula alone.
-    return unwrap(_linear)(x, weight, bias, *statics)
-
-
-def _differential(statics, residuals, tangents):
-    """dY, as the forward product is computed, and rounded once."""
-    (forward, *_), Y_type, _ = statics
-    (X, W, rows), (dX, dW, dB) = residuals, tangents
-    if forward.is_scaled:  # Tangents are not quantized.
-        forward = forward._replace(dtype=Y_type.dtype, scaling=None)
+def _linear_differential(spec, residuals, tangents):
+    """The tangent dY = dX Wᵀ + X dWᵀ + dB, computed as Y is, and rounded once."""
+    X, W, rows = residuals
+    dX, dW, dB = tangents
+    product = spec.products.forward
+    if product.is_scaled:  # Tangents are not quantized.
+        product = product._replace(dtype=spec.Y.dtype, scaling=None)
     if dX is not None and dW is not None:
-        wide = Y_type._replace(dtype=accumulator(Y_type.dtype))
-        kept = forward._replace(
-            preferred_element_type=accumulator(forward.operand_dtype)
-        )
-        dY = forward_product(dX, W, dB, kept, wide)
-        dY += forward_product(X, dW, None, kept, wide)
-        return dY.astype(Y_type.dtype)
+        wide = accumulator_dtype(product.operand_dtype)
+        product = product._replace(preferred_element_type=wide)
+        Y_type = spec.Y._replace(dtype=wide)
+        dY = forward_product(dX, W, dB, product, Y_type)
+        dY += forward_product(X, dW, None, product, Y_type)
+        return dY.astype(spec.Y.dtype)
     if dX is not None:
-        return forward_product(dX, W, dB, forward, Y_type)
+        return forward_product(dX, W, dB, product, spec.Y)
     if dW is not None:
-        return forward_product(X, dW, dB, forward, Y_type)
-    return broadcast_over_rows(dB.astype(Y_type.dtype), rows)
+        return forward_product(X, dW, dB, product, spec.Y)
+    return broadcast_over_rows(dB.astype(spec.Y.dtype), rows)
 
 
-def _transposed(statics, residuals, G):
-    (X, W, _), (products, Y_type, gradient_types) = residuals, statics
-    if G.dtype != Y_type.dtype:  # A sum over what is mapped, which has more bits.
-        products = Products(*(_of_wide(p, G.dtype) for p in products))
-    return _linear_backward(products, Y_type, gradient_types, (X, W), G)
-
-
-def _of_wide(product, dtype):
-    own = product.dtype if product.is_scaled else dtype
-    return product._replace(dtype=own, preferred_element_type=dtype)
-
-
-def _map(apply, statics, derivative=None):
-    """A map of the residuals X, W and rows, and of the operands or tangents X, W and B.
-
-    The rows are an empty array (*, 0), with the leading axes where no other has them.
-    """
-    products, _, gradient_types = statics
-    # A sharding is one of so many leading axes, and no more; a scale of one tensor.
-    has_rows = not any(t and t.sharding for t in gradient_types)
-    has_rows &= not any(p.scaling == "per_tensor" for p in products)
-    terms = Term(residual=1, cotangent_axis=-2), Term(residual=0), Term(residual=None)
-    leading = has_rows, False, has_rows, has_rows, False, False
-    return LinearMap(apply, _transposed, terms, leading, statics, derivative)
-
-
-_named = jax.checkpoint_policies.save_only_these_names("linear")
-
-
-def save_linear_outputs(primitive: Primitive, *types: Any, **parameters: Any) -> bool:
-    """A policy for ``jax.checkpoint`` that saves the result of every ``linear``.
-
-    The backward pass then runs no forward product again, and recomputes everything
-    else. It is ``save_only_these_names("linear")``, but for layers that are not
-    differentiated, which have no name.
-
-    Args:
-      primitive: the operation that JAX asks about; it calls the policy, not the user.
-      *types: the types of its operands.
-      **parameters: its parameters.
-
-    Returns:
-      Whether the result of the operation is saved for the backward pass.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, jaxlinear
-      >>> def block(x, weight):
-      ...     return jnp.tanh(jaxlinear.linear(x, weight))
-      >>> block = jax.checkpoint(block, policy=jaxlinear.save_linear_outputs)
-      >>> jax.grad(lambda x: block(x, jnp.ones((2, 3))).sum())(jnp.zeros(3))
-      Array([2., 2., 2.], dtype=float32)
-    """
-    is_map = primitive is linear_map_p
-    is_layer = is_map and parameters["kind"].derivative is _derivative
-    return is_layer or _named(primitive, *types, **parameters)
+_in_every_mode = partial(
+    in_every_mode,
+    _linear,
+    _linear_differential,
+    terms={
+        "x": Term("W", contracted=-2),
+        "weight": Term("X", contracted=0),
+        "bias": Term(None, contracted=0),
+    },
+    linear_in=[("x", "bias"), ("weight", "bias")],
+)
+_linear_of_any_axes = _in_every_mode(leading=["x", "X", "rows"])
+_linear_of_these_axes = _in_every_mode()

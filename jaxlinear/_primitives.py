@@ -2,10 +2,10 @@
 
 from jax.extend.core import Primitive
 
-from jaxlinear._by_platform import by_platform_p
-from jaxlinear._linear_map import linear_map_p
+from jaxlinear._every_mode import every_mode_p, linear_map_p
+from jaxlinear._op.by_platform import by_platform_p
 
-PRIMITIVES: tuple[Primitive, ...] = (linear_map_p, by_platform_p)
+PRIMITIVES: tuple[Primitive, ...] = (every_mode_p, linear_map_p, by_platform_p)
 """The primitives of this package, for libraries that interpret programs.
 
 Each of their equations has a parameter ``call_jaxpr``: what it computes, as a program

@@ -63,6 +63,11 @@ class Product(NamedTuple):
         """
         return jnp.dtype("float16" if self.is_alternative_float16 else self.dtype)
 
+    def widened(self, dtype):
+        """The product of a cotangent in ``dtype``, which has more bits than Y."""
+        own = self.dtype if self.is_scaled else dtype
+        return self._replace(dtype=own, preferred_element_type=dtype)
+
     @property
     def is_scaled(self) -> bool:
         """Whether the operands have 8 bits and a scale, in a checked product."""
@@ -126,7 +131,7 @@ def is_algorithm(precision):
     return isinstance(precision, lax.DotAlgorithmPreset | lax.DotAlgorithm)
 
 
-def accumulator(dtype):
+def accumulator_dtype(dtype):
     """The dtype in which sums of ``dtype`` are accumulated: float32 at least."""
     if dtype == "int8":
         return jnp.dtype("int32")

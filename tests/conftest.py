@@ -15,7 +15,7 @@ import hypothesis
 import jax
 import pytest
 
-from jaxlinear import _cpu
+from jaxlinear._op import cpu
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -30,16 +30,16 @@ def functions_of(form):
     """What chooses a form on CPU, as where ``form`` is that of bfloat16 products."""
     functions = {
         "bfloat16_form": lambda: form,
-        "has_one_device": lambda: form in (_cpu.READ, _cpu.WIDENED),
+        "has_one_device": lambda: form in (cpu.READ, cpu.WIDENED),
     }
-    if form in (_cpu.READ, _cpu.WIDENED):
-        functions["_reads_bfloat16"] = lambda: form == _cpu.READ
+    if form in (cpu.READ, cpu.WIDENED):
+        functions["_reads_bfloat16"] = lambda: form == cpu.READ
     return functions
 
 
 # The form of bfloat16 products on CPU, where it is not to be that of this machine.
 if form := os.environ.get("BFLOAT16_FORM"):
-    vars(_cpu).update(functions_of(form))
+    vars(cpu).update(functions_of(form))
 
 # The package as a mutant has it, for the test that must notice.
 if mutant := os.environ.get("MUTANT"):
@@ -53,7 +53,7 @@ def use_form(monkeypatch):
 
     def use(form):
         for name, function in functions_of(form).items():
-            monkeypatch.setattr(_cpu, name, function)
+            monkeypatch.setattr(cpu, name, function)
         jax.clear_caches()
 
     yield use

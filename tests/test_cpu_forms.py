@@ -15,9 +15,10 @@ from oracle import (
     wide,
 )
 
-from jaxlinear import _cpu, linear
+from jaxlinear import linear
+from jaxlinear._op import cpu
 
-each_form = pytest.mark.parametrize("form", _cpu.REASONS)
+each_form = pytest.mark.parametrize("form", cpu.REASONS)
 
 
 @pytest.mark.skipif(
@@ -26,11 +27,11 @@ each_form = pytest.mark.parametrize("form", _cpu.REASONS)
 def test_bfloat16_instructions_are_those_that_the_system_lists():
     flags = set(pathlib.Path("/proc/cpuinfo").read_text().split())
     listed = not flags.isdisjoint({"avx512_bf16", "amx_bf16"})
-    assert _cpu._has_bfloat16_instructions() is listed
+    assert cpu._has_bfloat16_instructions() is listed
     # And where the layer is first called in a mesh.
     mesh = jax.make_mesh((8,), ("data",))
     with jax.set_mesh(mesh):
-        assert _cpu._has_bfloat16_instructions() is listed
+        assert cpu._has_bfloat16_instructions() is listed
 
 
 @each_form
@@ -45,7 +46,7 @@ def test_values_are_right_whatever_the_form(form, use_form):
         assert relative_error(ours, expected) < eps
 
 
-@pytest.mark.parametrize("form", [_cpu.SHARED, _cpu.WIDENED])
+@pytest.mark.parametrize("form", [cpu.SHARED, cpu.WIDENED])
 def test_long_sums_are_as_accurate_as_in_float32_without_bfloat16_instructions(
     form, use_form
 ):
@@ -172,9 +173,9 @@ def test_weight_gradient_of_many_more_outputs_than_inputs(leading, form, use_for
 
 
 # Of READ and WIDENED each XLA has one, which is the one whose memory counts.
-MISSING = _cpu.WIDENED if _cpu._reads_bfloat16() else _cpu.READ
+MISSING = cpu.WIDENED if cpu._reads_bfloat16() else cpu.READ
 each_form_here = pytest.mark.parametrize(
-    "form", [form for form in _cpu.REASONS if form != MISSING]
+    "form", [form for form in cpu.REASONS if form != MISSING]
 )
 
 
@@ -200,7 +201,7 @@ def test_a_few_rows_make_no_copy_of_the_weight(rows, form, use_form):
 
 
 @pytest.mark.parametrize(
-    "form", [form for form in _cpu.REASONS if form not in (MISSING, _cpu.SHARED)]
+    "form", [form for form in cpu.REASONS if form not in (MISSING, cpu.SHARED)]
 )
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # of the parameters
@@ -208,7 +209,7 @@ def test_several_leading_axes_take_the_memory_of_the_naive_formula(
     dtype, mapped, form, use_form, monkeypatch
 ):
     use_form(form)
-    monkeypatch.setattr(_cpu, "has_one_device", lambda: True)
+    monkeypatch.setattr(cpu, "has_one_device", lambda: True)
     x, weight, _, cotangent = random_problem((4, 128), 512, 256, "bfloat16")
     weight = weight.astype(dtype)
     if mapped:

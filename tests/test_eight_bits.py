@@ -20,7 +20,7 @@ from oracle import exact, output_and_gradients, random_problem, relative_error, 
 from test_collectives import BATCH, LAYOUTS, LENGTH, OUT, compiled_gradients
 
 import jaxlinear
-from jaxlinear import Product, Products, _quantized, linear
+from jaxlinear import Product, Products, _op, linear
 
 # name: recipe, largest relative error of Y and of the gradients, 512 features wide
 RECIPES = {
@@ -78,7 +78,7 @@ def reference(products, X, W, G):
 @each_recipe
 def test_products_are_those_of_the_quantized_operands(name, is_alone, monkeypatch):
     # A CPU alone multiplies them in bfloat16, and one of eight as they are.
-    monkeypatch.setattr(_quantized, "has_one_device", lambda: is_alone)
+    monkeypatch.setattr(_op.quantized, "has_one_device", lambda: is_alone)
     jax.clear_caches()
     x, weight, _, cotangent = random_problem((48,), 96, 64, "float32")
     Y, vjp = jax.vjp(layer(name), x, weight)
@@ -182,7 +182,7 @@ def test_infinities_and_nan_end_up_where_they_would_unquantized(name, value):
 @pytest.mark.parametrize("value", [np.inf, np.nan])
 def test_no_value_is_lost_in_the_maximum_of_many(value, dtype, is_alone, monkeypatch):
     """XLA's maximum on CPUs drops NaN from 4,096 elements on."""
-    monkeypatch.setattr(_quantized, "has_one_device", lambda: is_alone)
+    monkeypatch.setattr(_op.quantized, "has_one_device", lambda: is_alone)
     jax.clear_caches()
     x, weight, _, cotangent = random_problem((256,), 512, 384, "float32")
     x, weight, cotangent = (a.astype(dtype) for a in (x, weight, cotangent))
@@ -214,7 +214,7 @@ def test_a_nan_is_found_in_a_sharded_array(spec):
 
 @pytest.mark.parametrize("rows", [1000, 150_000])
 def test_sums_of_a_size_that_is_not_known_yet_do_not_overflow(rows, monkeypatch):
-    monkeypatch.setattr(_quantized, "has_one_device", lambda: False)
+    monkeypatch.setattr(_op.quantized, "has_one_device", lambda: False)
     jax.clear_caches()
     n, k = jax.export.symbolic_shape("n, k")
 

@@ -41,18 +41,74 @@ REVERSE = {
 }
 
 
-@pytest.mark.parametrize("name", REVERSE)
-def test_every_reverse_mode_runs_the_documented_rule(name, monkeypatch):
-    calls, rule = [], _linear._linear_backward
+@pytest.fixture
+def registered(monkeypatch):
+    """Registers other rules with the `jax.custom_vjp`, made of those that it has."""
 
-    def counted(*arguments):
-        calls.append(None)
-        return rule(*arguments)
+    def register(forward=lambda rule: rule, backward=lambda rule: rule):
+        op = _linear._linear
+        monkeypatch.setattr(op, "fwd", forward(op.fwd))
+        monkeypatch.setattr(op, "bwd", backward(op.bwd))
+        jax.clear_caches()
 
-    monkeypatch.setattr(_linear, "_linear_backward", counted)
+    yield register
+    monkeypatch.undo()
     jax.clear_caches()
+
+
+@pytest.mark.parametrize("name", REVERSE)
+def test_every_reverse_mode_runs_the_registered_rules(name, registered):
+    calls = []
+
+    def counted(rule):
+        def count(*arguments):
+            calls.append(rule)
+            return rule(*arguments)
+
+        return count
+
+    rules = _linear._linear.fwd, _linear._linear.bwd
+    registered(counted, counted)
     REVERSE[name](*ARRAYS)
-    assert calls
+    assert set(calls) == set(rules)
+
+
+def raising(rule):
+    def raises(*arguments):
+        raise NotImplementedError(rule.__name__)
+
+    return raises
+
+
+@pytest.mark.parametrize("name", REVERSE)
+@pytest.mark.parametrize("which", ["forward", "backward"])
+def test_no_reverse_mode_is_without_the_registered_rules(which, name, registered):
+    registered(**{which: raising})
+    with pytest.raises(NotImplementedError, match=f"_linear_{which}"):
+        REVERSE[name](*ARRAYS)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("products", [None, jaxlinear.FLOAT8, jaxlinear.INT8])
+def test_low_precision_has_no_rules_of_its_own(dtype, products, registered):
+    layer = functools.partial(linear, dtype=dtype, products=products)
+    registered(backward=raising)
+    with pytest.raises(NotImplementedError, match="_linear_backward"):
+        jax.grad(squares(layer))(*ARRAYS)
+
+
+FORWARD = {
+    "jvp": lambda *a: jax.jvp(linear, a, a),
+    "jacfwd": lambda *a: jax.jacfwd(linear)(*a),
+    "hessian": lambda *a: jax.hessian(squares(linear))(*a),
+}
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_forward_mode_runs_the_registered_forward_rule(name, registered):
+    registered(forward=raising)
+    with pytest.raises(NotImplementedError, match="_linear_forward"):
+        FORWARD[name](*ARRAYS)
 
 
 @pytest.mark.parametrize(

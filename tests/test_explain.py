@@ -12,7 +12,8 @@ from oracle import naive
 
 import jaxlinear.linen
 import jaxlinear.nnx
-from jaxlinear import Product, Products, _cpu, explain, linear
+from jaxlinear import Product, Products, explain, linear
+from jaxlinear._op import cpu
 from jaxlinear.inspect._hlo import bits, collectives, instructions
 
 ROWS, IN, OUT = 256, 512, 128
@@ -28,7 +29,7 @@ def facts(explanation):
 
 
 def test_the_three_products_with_their_dtypes_and_precisions(use_form):
-    use_form(_cpu.NATIVE)
+    use_form(cpu.NATIVE)
     explanation = explain(linear, X, W, B, dtype="bfloat16", products=THREE)
     operands = "bfloat16", "bfloat16"
     assert facts(explanation) == {
@@ -156,12 +157,12 @@ def test_a_loss_with_integer_labels():
     assert [p.name for p in explain(loss, W, X, labels).products] == NAMES
 
 
-@pytest.mark.parametrize("form", _cpu.REASONS)
+@pytest.mark.parametrize("form", cpu.REASONS)
 def test_the_form_of_bfloat16_products_and_why_it_is_that_one(form, use_form):
     use_form(form)
     layer = functools.partial(linear, dtype="bfloat16")
-    assert explain(layer, X, W, B).notes == (_cpu.REASONS[form],)
-    assert _cpu.REASONS[form] in repr(explain(layer, X, W, B))
+    assert explain(layer, X, W, B).notes == (cpu.REASONS[form],)
+    assert cpu.REASONS[form] in repr(explain(layer, X, W, B))
     assert explain(linear, X, W, B).notes == ()
 
 

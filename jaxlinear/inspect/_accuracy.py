@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxlinear._arguments import checked_products
 from jaxlinear._linear import linear
-from jaxlinear._product import FLOAT8, INT8, Product, Products, accumulator
+from jaxlinear._product import FLOAT8, INT8, Product, Products, accumulator_dtype
 
 ROWS = FEATURES = 512
 QUANTITIES = "Y", "∇X", "∇W", "∇B"
@@ -158,7 +158,7 @@ def _explained(dtype, exact, magnitude, terms):
     Error Analysis, 2019).
     """
     rounding = _unit_roundoff(dtype) / math.sqrt(3)
-    accumulating = math.sqrt(terms) * _unit_roundoff(accumulator(dtype))
+    accumulating = math.sqrt(terms) * _unit_roundoff(accumulator_dtype(dtype))
     return rounding + accumulating * _norm(magnitude) / _norm(exact)
 
 

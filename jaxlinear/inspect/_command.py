@@ -13,7 +13,7 @@ import sys
 
 import jax
 
-from jaxlinear._cpu import NATIVE, bfloat16_form
+from jaxlinear._op.cpu import NATIVE, bfloat16_form
 from jaxlinear.inspect._accuracy import FEATURES, ROWS, measured
 from jaxlinear.inspect._table import table
 

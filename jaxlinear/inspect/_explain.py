@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlinear import _cpu
+from jaxlinear._op import cpu
+from jaxlinear._op.quantized import REASON_ON_CPU
 from jaxlinear._product import EIGHT_BIT_PAIRS, Product
-from jaxlinear._quantized import REASON_ON_CPU
 from jaxlinear.inspect._hlo import bits, collectives, instructions
 from jaxlinear.inspect._table import table
 
@@ -269,7 +269,7 @@ def _notes(asked, platform):
     # Those of operands before they are cast for the product, too.
     dtypes = {d for i in asked if _scope(i) for d in i.operand_dtypes}
     if platform == "cpu" and "bfloat16" in dtypes:
-        yield _cpu.REASONS[_cpu.bfloat16_form()]
+        yield cpu.REASONS[cpu.bfloat16_form()]
     if platform == "cpu" and dtypes & _EIGHT_BITS:
         yield REASON_ON_CPU
     if platform in ("gpu", "cuda", "rocm") and dtypes & {"bfloat16", "float16"}:

@@ -6,19 +6,18 @@ from typing import NamedTuple
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlinear._by_platform import by_platform, visible_by_platform
-from jaxlinear._cpu import Call, has_own_form, multiply_on_cpu
+from jaxlinear._op.by_platform import by_platform, visible_by_platform
+from jaxlinear._op.cpu import Call, has_own_form, multiply_on_cpu
 from jaxlinear._plain import dot_general
 from jaxlinear._product import Product
 
 
 def multiply_arrays(a, b, contracted_axes, product, sharding, hint=""):
-    """The product of two arrays as ``product`` says.
+    """The product of two arrays that are its operands, as ``product`` says.
 
     ``hint`` is XLA's name for the gradient, by which ROCm's libraries know that they
     may multiply it in their alternative float16.
     """
-    a, b = a.astype(product.operand_dtype), b.astype(product.operand_dtype)
     hinted = hint if product.is_alternative_float16 else ""
     form = ArrayProduct(contracted_axes, product, sharding, hinted)
     if not has_own_form(a, b, contracted_axes, product.precision, sharding):

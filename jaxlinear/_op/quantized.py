@@ -16,12 +16,12 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
-from jaxlinear._by_platform import by_platform, visible_by_platform
-from jaxlinear._cpu import has_one_device, has_own_form
-from jaxlinear._multiply import ArrayProduct, multiply_arrays
+from jaxlinear._op.by_platform import by_platform, visible_by_platform
+from jaxlinear._op.cpu import has_one_device, has_own_form
+from jaxlinear._op.multiply import ArrayProduct, multiply_arrays
+from jaxlinear._op.sharding import sharded_as_factor, without_reduced_axes
 from jaxlinear._plain import dot_general
 from jaxlinear._product import Product
-from jaxlinear._sharding import sharded_as_factor, without_reduced_axes
 
 REASON_ON_CPU = (
     "8-bit operands are multiplied in bfloat16 or float32, which have each of their"
@@ -53,25 +53,18 @@ class Quantized(NamedTuple):
         return (self.values.astype(jnp.float32) * self.scale).astype(dtype)
 
 
-def as_operand(array, product, position, contracted_axes) -> Any:
-    """``array`` as ``product`` multiplies it, in the ``position`` 0 or 1."""
-    if not product.is_scaled:
-        return array.astype(product.operand_dtype)
+def quantize(array, product, position, contracted_axes):
+    """``array`` as a product of 8 bits multiplies it in the ``position`` 0 or 1."""
+    axes = axes_of_scale(array, product, contracted_axes)
+    # The product has a derivative, which is that of the array.
+    values = _quantized(lax.stop_gradient(array), product.dtype[position], axes)
+    return values._replace(array=array)
+
+
+def axes_of_scale(array, product, contracted_axes):
+    """The axes along which one scale is shared."""
     is_per_row = product.scaling == "per_row"
-    shared = contracted_axes if is_per_row else tuple(range(array.ndim))
-    # Products have derivatives of their own, for the array.
-    quantized = _quantized(lax.stop_gradient(array), product.dtype[position], shared)
-    return quantized._replace(array=array)
-
-
-def as_shared_operand(array, *products):
-    """``array`` as the first operand of several products, where it is one and the same.
-
-    Its scale is then found once, and over several devices in one collective.
-    """
-    own = {(p.dtype[0], p.scaling) for p in products if p.is_scaled}
-    is_shared = len(own) == 1 and all(p.scaling == "per_tensor" for p in products)
-    return as_operand(array, products[0], 0, ()) if is_shared else array
+    return tuple(contracted_axes) if is_per_row else tuple(range(array.ndim))
 
 
 def _quantized(array, dtype, axes):
@@ -81,7 +74,7 @@ def _quantized(array, dtype, axes):
     array = without_reduced_axes(array).astype(jnp.float32)
     # Float8 has a NaN, so its scale can be that of the other values.
     largest = by_platform(_Largest(tuple(axes), of_finite=not is_integer), array)
-    # Of zeros, too. A smaller number is a zero to some devices.
+    # A floor, so that zeros have a scale. Some devices take smaller numbers for zero.
     least = float(jnp.finfo(jnp.float32).tiny)
     scale = jnp.maximum(largest / top, least)
     values = array / scale
@@ -131,37 +124,6 @@ class _Largest(NamedTuple):
         return jnp.max(jnp.abs(array), self.axes, keepdims=True, initial=0)
 
 
-def kept_operand(array, made, product, contracted_axes):
-    """``array`` for the backward pass, as ``product`` multiplies it in the position 1.
-
-    ``made`` is the operand of the forward product, which is taken where it is the same.
-    """
-    if not product.is_scaled:
-        is_same = isinstance(made, jax.Array) and made.dtype == product.operand_dtype
-        return made if is_same else as_operand(array, product, 1, contracted_axes)
-    is_same = isinstance(made, Quantized) and made.dtype == product.dtype[1]
-    axes = range(array.ndim)
-    shared = [*contracted_axes] if product.scaling == "per_row" else [*axes]
-    if not is_same or shared != [axis for axis in axes if made.scale.shape[axis] == 1]:
-        made = as_operand(array, product, 1, contracted_axes)
-    return _without_array(made)
-
-
-@jax.custom_jvp
-def _without_array(quantized):
-    return quantized._replace(array=None)
-
-
-@partial(_without_array.defjvp, symbolic_zeros=True)
-def _(primals, tangents):
-    # 8 bits have no room for a tangent. To be silent would be to take it for zero.
-    raise TypeError(
-        f"an operand that is kept in {primals[0].dtype} for the backward pass has no"
-        " second derivative: leave the products of the gradients in the layer's dtype,"
-        " as in `products=jaxlinear.Products(forward=jaxlinear.FLOAT8.forward)`"
-    )
-
-
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
 def multiply_quantized(a, b, contracted_axes, product, sharding):
     """The product of 8-bit operands. ``b`` may be without the array it was made of.
@@ -173,11 +135,12 @@ def multiply_quantized(a, b, contracted_axes, product, sharding):
         # Such a scale, which `jax.vmap` makes of one for each row, is no factor of the
         # sum. Bfloat16 has the bits of an 8-bit value with its scale.
         scaled = Product(jnp.dtype("bfloat16"), product.precision, jnp.dtype("float32"))
-        Y = multiply_arrays(a.array, b, contracted_axes, scaled, sharding)
+        arrays = a.array.astype(scaled.dtype), b.astype(scaled.dtype)
+        Y = multiply_arrays(*arrays, contracted_axes, scaled, sharding)
         return Y.astype(product.preferred_element_type)
     if varying:
-        a, b = _with_scale_of(b, a, contracted_axes)
-        a = as_operand(a, product, 0, contracted_axes[0])
+        array, b = _with_scale_of(b, a, contracted_axes)
+        a = quantize(array, product, 0, contracted_axes[0])
     scale = _scale_of_product(a, b, contracted_axes, sharding)
     form = _ScaledProduct(contracted_axes, product, sharding)
     is_rounded = product.preferred_element_type == "bfloat16" and not scale.ndim
@@ -216,7 +179,8 @@ def _(contracted_axes, product, sharding, primals, tangents):
     unquantized = Product(Y.dtype, product.precision, Y.dtype)
 
     def product_of(a, b):
-        return multiply_arrays(a, b, contracted_axes, unquantized, sharding)
+        arrays = a.astype(Y.dtype), b.astype(Y.dtype)
+        return multiply_arrays(*arrays, contracted_axes, unquantized, sharding)
 
     dY = jnp.zeros_like(Y)
     if not isinstance(da, SymbolicZero | None):

@@ -10,7 +10,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxlinear._by_platform import by_platform
+from jaxlinear._op.by_platform import by_platform
 
 
 class ArrayType(NamedTuple):
@@ -21,9 +21,7 @@ class ArrayType(NamedTuple):
 
 
 def cotangent_type(primal):
-    """The type that the cotangent of ``primal`` must have; None for None."""
-    if primal is None:
-        return None
+    """The type that the cotangent of ``primal`` must have."""
     aval = jax.typeof(primal).to_ct_aval()
     mesh, spec = aval.sharding.mesh, aval.sharding.spec
     if mesh.empty:  # An array made before the mesh was set is replicated over it.
@@ -72,24 +70,6 @@ def sharded_as_factor(array, sharding):
     if isinstance(sharding, NamedSharding):
         factor = NamedSharding(sharding.mesh, factor)
     return jax.sharding.reshard(array, factor)
-
-
-def vary_together(*operands):
-    """Cast the operands, where not None, to vary over the manual axes of them all.
-
-    JAX transposes the cast into the sum of a cotangent over the axes of
-    ``jax.shard_map`` along which its primal does not vary.
-    """
-    varying = [
-        jax.typeof(a).manual_axis_type.varying for a in jax.tree.leaves(operands)
-    ]
-    axes = frozenset().union(*varying)
-
-    def cast(a):
-        missing = axes - jax.typeof(a).manual_axis_type.varying
-        return lax.pcast(a, tuple(sorted(missing)), to="varying") if missing else a
-
-    return jax.tree.map(cast, operands)
 
 
 def rounded_over_devices(total, dtype):

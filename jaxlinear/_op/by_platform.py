@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 
 import jax
 from jax import lax
+from jax.experimental.jet import jet_rules
 from jax.interpreters import ad, batching, mlir
 
-from jaxlinear._open import OpenPrimitive, is_open
+from jaxlinear._every_mode.jet import jet_of_program
+from jaxlinear._every_mode.open import OpenPrimitive, is_open
 
 
 def by_platform(form, *operands):
@@ -76,6 +78,7 @@ def _jvp(primals, tangents, *, form, tree, call_jaxpr):
 
 
 ad.primitive_jvps[by_platform_p] = _jvp
+jet_rules[by_platform_p] = jet_of_program
 
 
 class _Mapped(NamedTuple):

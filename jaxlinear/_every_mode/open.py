@@ -13,20 +13,20 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
-# Part of the key of JAX's caches, as in `_plain.py`.
+# A context that is part of the key of JAX's caches.
 _is_open = jax.make_user_context(default_value=False)
 
 
 def is_open():
-    """Whether a program is made to be shown: of JAX's own primitives alone."""
+    """Whether a program is made to be shown: only of JAX's own primitives."""
     return _is_open.value
 
 
 class OpenPrimitive(Primitive):
     """A primitive whose equations carry what they compute, in ``call_jaxpr``.
 
-    It has a list of results. ``compute`` of arrays and of parameters is jitted, and
-    returns that list; ``count`` of the parameters is how many arrays there are. The
+    Its results are a list of arrays. ``compute`` of arrays and of parameters is jitted
+    and returns a tree of them; ``count`` of the parameters is the number of arrays. The
     program is derived from the other parameters each time an equation is made, and is
     neither differentiated nor compiled: rules may ignore it.
     """
@@ -38,25 +38,33 @@ class OpenPrimitive(Primitive):
         self._compute, self._count = compute, count
 
         def computed(*arrays, call_jaxpr, **params):
-            return compute(*arrays, **params)
+            return jax.tree.leaves(compute(*arrays, **params))
 
         self.def_impl(computed)
         self.def_abstract_eval(lambda *_, call_jaxpr, **params: call_jaxpr.out_avals)
         mlir.register_lowering(self, mlir.lower_fun(computed, multiple_results=True))
 
+    def tree(self, *arrays, **params):
+        """``compute`` of the arrays as one equation: a tree."""
+        results = jax.tree.structure(self._program(arrays, params).out_info)
+        return jax.tree.unflatten(results, self.bind(*arrays, **params))
+
     def bind(self, *arrays, call_jaxpr=None, subfuns=(), **params):
         if subfuns:
             return self._bind_checked(arrays, *subfuns, **params)
-        with _is_open(True):
-            program = self._compute.trace(*map(jax.typeof, arrays), **params).jaxpr
+        program = self._program(arrays, params).jaxpr
         return super().bind(*arrays, call_jaxpr=program, **params)
+
+    def _program(self, arrays, params):
+        with _is_open(True):
+            return self._compute.trace(*map(jax.typeof, arrays), **params)
 
     def _bind_checked(self, values, checked, **params):
         """What checkify binds: ``checked`` is ``call_jaxpr`` with its checks.
 
-        Behind errors that were found before come our arrays. The results are those of
-        the primitive, which has derivatives of its own; the program is run beside it,
-        for the errors.
+        Errors that were found earlier come first, then our arrays. The results are
+        those of the primitive, which has derivatives of its own; the program runs
+        beside it, for the errors.
         """
         arrays = values[len(values) - self._count(**params) :]
         results = self.bind(*arrays, **params)

@@ -10,11 +10,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlinear._by_platform import visible_by_platform
-from jaxlinear._multiply import multiply_arrays
-from jaxlinear._product import Product, accumulator
-from jaxlinear._quantized import Quantized, as_operand, multiply_quantized
-from jaxlinear._sharding import ArrayType, rounded_over_devices
+from jaxlinear._op.by_platform import visible_by_platform
+from jaxlinear._op.multiply import multiply_arrays
+from jaxlinear._op.operands import operand
+from jaxlinear._op.quantized import multiply_quantized
+from jaxlinear._op.sharding import ArrayType, rounded_over_devices
+from jaxlinear._product import Product, accumulator_dtype
 
 
 @jax.named_scope("forward_product")
@@ -38,11 +39,11 @@ class _ForwardProduct(NamedTuple):
     platforms = "cuda", "rocm"
 
     def plain(self, *operands):
-        return self._leaving_in(accumulator(self.Y_type.dtype), *operands)
+        return self._leaving_in(accumulator_dtype(self.Y_type.dtype), *operands)
 
     def on(self, platform, is_alone, *operands):
         is_gpu = platform in ("cuda", "rocm")
-        left = self.Y_type.dtype if is_gpu else accumulator(self.Y_type.dtype)
+        left = self.Y_type.dtype if is_gpu else accumulator_dtype(self.Y_type.dtype)
         return self._leaving_in(left, *operands)
 
     def _leaving_in(self, dtype, X, W, B):
@@ -60,7 +61,7 @@ def _forward_product(X, W, B, product, Y_type):
 
 @jax.named_scope("input_gradient")
 def input_gradient(G, W, product, X_type):
-    """∇X = G W. Where W has several output axes, G has them too, as its last ones."""
+    """∇X = G W. Under `jax.vmap` W may be (..., out, in), and G then (*, ..., out)."""
     count = W.ndim - 1
     axes = tuple(range(G.ndim - count, G.ndim)), tuple(range(count))
     grad_X = multiply(G, W, axes, product, X_type.sharding, hint="grad_x")
@@ -79,7 +80,7 @@ def weight_gradient(G, X, product, W_type):
 @jax.named_scope("bias_gradient")
 def bias_gradient(G, B_type):
     """∇B = Σ G, over every leading axis."""
-    grad_B = jnp.sum(G, range(G.ndim - 1), dtype=accumulator(G.dtype))
+    grad_B = jnp.sum(G, range(G.ndim - 1), dtype=accumulator_dtype(G.dtype))
     if B_type.sharding is not None:
         grad_B = jax.sharding.reshard(grad_B, B_type.sharding)
     if grad_B.dtype != B_type.dtype and jax.typeof(G).sharding.mesh.size > 1:
@@ -88,14 +89,12 @@ def bias_gradient(G, B_type):
 
 
 def multiply(a, b, contracted_axes, product, sharding, hint=""):
-    """The product of two operands, or of arrays that are to be operands."""
-    if not product.is_scaled:
-        return multiply_arrays(a, b, contracted_axes, product, sharding, hint)
-    a, b = (
-        o if isinstance(o, Quantized) else as_operand(o, product, k, contracted_axes[k])
-        for k, o in enumerate((a, b))
-    )
-    return multiply_quantized(a, b, contracted_axes, product, sharding)
+    """The product of two arrays, or of operands that were made of them before."""
+    a = operand(a, product, 0, contracted_axes[0])
+    b = operand(b, product, 1, contracted_axes[1])
+    if product.is_scaled:
+        return multiply_quantized(a, b, contracted_axes, product, sharding)
+    return multiply_arrays(a, b, contracted_axes, product, sharding, hint)
 
 
 def round_to(dtype, cotangent):

@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlinear._plain import dot_general
-from jaxlinear._product import accumulator, is_algorithm
+from jaxlinear._product import accumulator_dtype, is_algorithm
 
 # Algorithms of low precision that JAX lowers for CPU, and the dtype of their operands.
 _ALGORITHMS = {
@@ -137,7 +137,7 @@ def has_own_form(a, b, contracted_axes, precision, sharding):
     dtype, precision = _multiplied(a.dtype, precision)
     if is_algorithm(precision):
         return False
-    is_low = dtype != accumulator(dtype)
+    is_low = dtype != accumulator_dtype(dtype)
     is_long = _is_long_sum_of_one_row(a, b, contracted_axes)
     return is_low or (sharding is None and is_long)
 
@@ -156,7 +156,7 @@ def multiply_on_cpu(a, b, call):
     """The product of operands that have a form of their own."""
     dtype, precision = _multiplied(a.dtype, call.precision)
     call = call._replace(precision=precision)
-    if dtype != accumulator(dtype):
+    if dtype != accumulator_dtype(dtype):
         Y = _multiply_low(a.astype(dtype), b.astype(dtype), call)
     elif call.is_alone:
         Y = _sum_in_blocks(a, b, precision)
@@ -220,7 +220,7 @@ def _widened(a, b, call):
     is_free = _is_transposed(a, call) and call.sharding is None
     if is_free and call.is_alone and _is_better_flat(a, b):
         a, b, call = _rows(a), _rows(b), call._replace(contracted_axes=((0,), (0,)))
-    wide = [operand.astype(accumulator(operand.dtype)) for operand in (a, b)]
+    wide = [operand.astype(accumulator_dtype(operand.dtype)) for operand in (a, b)]
     if a.dtype == "bfloat16" and call.contracted_axes[1] == (1,):  # X Wᵀ
         wide = map(_kept_rounded, wide)
     return _dot(*wide, call)
@@ -274,7 +274,7 @@ def _dot(a, b, call):
         b,
         (call.contracted_axes, ((), ())),
         precision=call.precision,
-        preferred_element_type=a.dtype if is_rounded else accumulator(a.dtype),
+        preferred_element_type=a.dtype if is_rounded else accumulator_dtype(a.dtype),
         out_sharding=call.sharding,
     )
 
