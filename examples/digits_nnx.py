@@ -2,9 +2,8 @@
 
     python examples/digits_nnx.py [folder for checkpoints]
 
-Parameters are float32, products bfloat16. It prints the error of a weight gradient,
-ours and Flax's, and draws both in ``digits_nnx.png``. With a folder, a stopped run
-continues.
+Parameters are float32, products bfloat16. It prints and draws (``digits_nnx.png``) the
+error of a weight gradient. With a folder for checkpoints, a stopped run continues.
 """
 
 import sys

@@ -2,7 +2,7 @@
 
     python examples/launch.py 2 examples/train_distributed.py --sharding fsdp
 
-trains in two processes. On a TPU pod, or a cluster that JAX detects, start this on every
+trains in two processes. On a TPU pod, or a cluster that JAX detects, start it on every
 host. A stopped or killed run can be continued, with any number of processes.
 """
 
