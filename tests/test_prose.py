@@ -15,14 +15,14 @@ TEXTS = [
     "examples/*.py",
 ]
 HABITS = {
-    r"(?<!left)(?<!leave) alone\b": "only",
+    r"(?<![Ll]eft)(?<!leave) alone\b": "only",
     r", too[.,;:)]": "also",
     r"\badd(s|ed|ing)?( \w+)? up\b": "sum",
     r"\bfor itself\b": "its own",
     r"\binside of\b": "inside",
     r"\blea(ves?|ving) in\b": "is returned as",
     r"(?<![Tt]here) (is|are) no (?!longer|more|less)": "is not a",
-    r"\bst(ands?|ood) (in|for|there|at|beside|behind|before|next|around)\b": "is",
+    r"\bst(ands?|ood) (in|there|at|beside|behind|before|next|around)\b": "is",
     r"\b(that|those) of [^.;:]{,40}\b(that|those) of\b": "name the noun",
 }
 
