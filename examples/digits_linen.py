@@ -3,7 +3,7 @@
     python examples/digits_linen.py
 
 The 1797 scans of 8 x 8 pixels come with scikit-learn. Parameters are float32, products
-bfloat16. Only the import differs from a model of ``nn.Dense``.
+bfloat16. Only the import differs from a model that uses ``nn.Dense``.
 """
 
 import jax

@@ -2,8 +2,8 @@
 
     python examples/digits_nnx.py [folder for checkpoints]
 
-Parameters are float32, products bfloat16: what our layer gains by that is printed, and
-drawn in ``digits_nnx.png``. With a folder, a run that was stopped goes on.
+Parameters are float32, products bfloat16. It prints and draws (``digits_nnx.png``) the
+error of a weight gradient. With a folder for checkpoints, a stopped run continues.
 """
 
 import sys
@@ -50,7 +50,7 @@ def train_step(model, optimizer, images, labels):
 
 
 def weight_gradient_errors(layer, X):
-    """Ours and Flax's, relative to float64's, with some cotangent G of the output."""
+    """Errors of ours and Flax's against float64, for a random cotangent G of Y."""
     G = jax.random.normal(jax.random.key(0), layer(X).shape, jnp.bfloat16)
     theirs = nnx.Sequential(nnx.clone(layer))
     jaxlinear.nnx.revert(theirs)

@@ -1,10 +1,10 @@
-"""Fine-tune with low-rank adapters (LoRA) in some layers, and all else frozen.
+"""Fine-tune with low-rank adapters (LoRA) in one layer, and everything else frozen.
 
     python examples/finetune_lora.py
 
-A network learns upright digits. Then they are turned by 90 degrees, and only two thin
-weights beside its first layer are trained. Of a frozen weight there is no gradient, so
-the input of its layer is not kept for the backward pass: ``explain`` counts the bytes.
+A network learns upright digits. Then the digits are turned by 90 degrees, and only two
+thin weights beside the first layer are trained. A frozen weight has no gradient, so the
+input of its layer is not kept for the backward pass. ``explain`` counts the bytes.
 """
 
 import jax
@@ -27,7 +27,7 @@ class Adapter(nnx.Variable):
 
 
 class AdaptedLinear(nnx.Module):
-    """Y = X Wᵀ + B + (X Aᵀ) Cᵀ, with A (rank, in) and C (out, rank), which is zero."""
+    """Y = X Wᵀ + B + (X Aᵀ) Cᵀ with A (rank, in) and C (out, rank), at first zero."""
 
     def __init__(self, layer: Linear, rngs: nnx.Rngs):
         self.layer = layer

@@ -1,10 +1,10 @@
-"""The error of each gradient of a linear layer: ours, the naive formula's, Flax's.
+"""The error of each gradient of a linear layer: ours, the naive formula's and Flax's.
 
     python examples/gradient_accuracy.py
 
-Every layer is given the same X and the same cotangent G, in float32 and in mixed
-precision, where parameters are float32 and products bfloat16. Errors are relative to
-float64, in the Frobenius norm. ``gradient_accuracy.png`` shows them.
+Every layer gets the same X and the same cotangent G, in float32 and in mixed precision
+(float32 parameters, bfloat16 products). Errors are relative to float64, in the
+Frobenius norm. ``gradient_accuracy.png`` shows them.
 """
 
 import functools
@@ -57,7 +57,7 @@ def relative_error(found, exact):
 
 
 def main():
-    # Rounded to bfloat16 beforehand: what is measured is the layer's own rounding.
+    # Rounded to bfloat16 beforehand, to measure only the rounding inside the layer.
     draws = np.random.default_rng(0)
     X, W, B, G = (
         jnp.asarray(draws.normal(size=shape), jnp.bfloat16).astype(jnp.float32)

@@ -2,9 +2,9 @@
 
     python examples/launch.py 2 examples/train_distributed.py --sharding fsdp
 
-Each is told ``--launched``, with the number of processes and its own. They talk on
-loopback; where this host's name is another address, at which JAX's collectives would
-listen, say ``--listen`` first. If one ends badly, the others are ended, with a message.
+Each process gets ``--launched`` with the number of processes and its own number. They
+use loopback. If this host's name has another address, JAX's collectives would listen
+there, and you must pass ``--listen`` first. If one process fails, the others are ended.
 """
 
 import argparse
@@ -22,7 +22,7 @@ def free_address():
 
 
 def wait(ranks):
-    """Until all have ended well, or one has not."""
+    """Wait until all have succeeded or one has failed."""
     codes = [None]
     while None in codes:
         time.sleep(0.1)

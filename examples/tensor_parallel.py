@@ -2,9 +2,9 @@
 
     python examples/tensor_parallel.py
 
-Eight devices form a mesh of 2 (data) x 4 (model); where there are fewer, the CPU plays
-eight. The first layer is column parallel: each device of ``model`` holds a quarter of
-its outputs. The second is row parallel: each holds a quarter of its inputs, and their
+Eight devices form a mesh of 2 (data) x 4 (model); with fewer, the CPU acts as eight.
+The first layer is column parallel: each device of ``model`` holds a quarter of its
+outputs. The second is row parallel: each holds a quarter of its inputs, and their
 partial sums are added. XLA splits the work as the parameters and the images are split;
 ``explain`` says what the devices send each other.
 """
@@ -53,7 +53,7 @@ def train_step(model, optimizer, images, labels):
 
 def train(data):
     """The model, and the loss of each step."""
-    # Jitted, so that no device ever makes more of a parameter than its own part.
+    # Jitted, so that each device creates only its own part of a parameter.
     model = nnx.jit(lambda: MLP(nnx.Rngs(0)))()
     optimizer = nnx.Optimizer(model, optax.sgd(0.5, momentum=0.9), wrt=nnx.Param)
     losses = [train_step(model, optimizer, *data) for _ in range(STEPS)]

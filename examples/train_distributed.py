@@ -1,9 +1,9 @@
-"""Train a small language model over several processes, from checkpoint to checkpoint.
+"""Train a small language model in several processes, with checkpoints.
 
     python examples/launch.py 2 examples/train_distributed.py --sharding fsdp
 
-trains in two processes. On a TPU pod, or a cluster that JAX knows, start this on every
-host. Stopped or killed, it goes on, also with another number of processes.
+trains in two processes. On a TPU pod, or a cluster that JAX detects, start it on every
+host. A stopped or killed run can be continued, with any number of processes.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def train(sharding, steps):
 
     def make():
         rngs = nnx.Rngs(0)
-        embed = nnx.Embed(256, WIDTH, rngs=rngs)  # A dtype would be that of its sums.
+        embed = nnx.Embed(256, WIDTH, rngs=rngs)  # Its gradients are summed in float32.
         layers = Block(rngs), Block(rngs), nnx.Linear(WIDTH, 256, rngs=rngs)
         jaxlinear.nnx.convert(model := nnx.Sequential(embed, *layers))
         return model, nnx.Optimizer(model, optax.sgd(0.05, 0.9), wrt=nnx.Param)
@@ -69,7 +69,7 @@ def train(sharding, steps):
     def batch(step):
         starts = np.random.default_rng(step).integers(len(tokens) - LENGTH, size=ROWS)
         places = starts[:, None] + np.arange(LENGTH + 1)
-        read = lambda rows: tokens[places[rows]]  # noqa: E731 (those of own devices)
+        read = lambda rows: tokens[places[rows]]  # noqa: E731 (only local rows)
         return jax.make_array_from_callback(places.shape, split, read)
 
     options = ocp.CheckpointManagerOptions(max(1, steps // 10), max_to_keep=2)

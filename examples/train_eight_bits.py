@@ -1,11 +1,11 @@
-"""Train in 8 bits: the same losses as in bfloat16, from the same seeds.
+"""Train in 8 bits and in bfloat16 from the same seeds: the losses are close.
 
     python examples/train_eight_bits.py [--steps N]
 
-A transformer block learns the 8 x 8 scans of digits that come with scikit-learn, each
-read as eight tokens of eight pixels. It is trained from three seeds with products in
-bfloat16, in float8 and in int8; parameters are float32, and ``products=`` is all that
-differs. ``eight-bits.png`` shows the losses.
+A transformer block learns scikit-learn's 8 x 8 scans of digits, each read as eight
+tokens of eight pixels. It trains from three seeds with products in bfloat16, float8 and
+int8. Parameters are float32; only ``products=`` differs. ``eight-bits.png`` shows the
+losses.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def train_step(model, optimizer, images, labels):
 
 
 def train(products, seed, tx, steps):
-    """The loss of each step, and that of the images held out."""
+    """The loss of each step, and the loss on the held-out images."""
     scans, digits = load_digits(return_X_y=True)
     draws = np.random.default_rng(seed)
     order = draws.permutation(len(scans))
