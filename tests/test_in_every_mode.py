@@ -2,6 +2,11 @@
 
 import functools
 import itertools
+import pathlib
+import shutil
+import subprocess
+import sys
+import textwrap
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +16,7 @@ import pytest
 from jax.experimental.jet import jet
 from jax.sharding import AxisType, PartitionSpec
 
+from jaxlinear import _every_mode
 from jaxlinear._every_mode import Term, in_every_mode
 
 P = PartitionSpec
@@ -377,3 +383,21 @@ def test_low_precision_sums_over_mapped_elements_in_float32():
         lambda s: jax.vmap(GAINS["nothing said"], (0, None))(xs, s).sum()
     )
     np.testing.assert_array_equal(gradient(jnp.ones(4, "bfloat16")), 1000)
+
+
+def test_the_folder_works_as_a_copy_without_the_package(tmp_path):
+    shutil.copytree(pathlib.Path(_every_mode.__file__).parent, tmp_path / "copied")
+    program = """
+        import sys
+        sys.modules["jaxlinear"] = None
+        import jax
+        from copied import in_every_mode
+
+        op = jax.custom_vjp(lambda x: x * x)
+        op.defvjp(lambda x: (x.value**2, x.value), lambda x, G: (2 * x * G,), True)
+        square = in_every_mode(op, lambda x, tangents: 2 * x * tangents[0])
+        print(jax.grad(square)(3.0), jax.jvp(square, (3.0,), (1.0,))[1])
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.stdout == "6.0 6.0\n", run.stderr

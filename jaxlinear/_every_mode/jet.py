@@ -7,8 +7,8 @@ from jax import lax
 from jax.experimental.jet import jet, jet_rules
 from jax.extend.core.primitives import cond_p, name_p
 
-from jaxlinear._every_mode.linear_map import linear_map_p, one_level, slots_of
-from jaxlinear._every_mode.op import every_mode_p, slots_of_op
+from .linear_map import linear_map_p, one_level, slots_of
+from .op import every_mode_p, slots_of_op
 
 
 def jet_of_program(primals, series, *, call_jaxpr, **_):

@@ -12,8 +12,8 @@ from functools import cache, partial
 import jax
 from jax.interpreters import ad, batching
 
-from jaxlinear._every_mode.levels import batched, cotangent, under_levels
-from jaxlinear._every_mode.open import OpenPrimitive
+from .levels import batched, cotangent, under_levels
+from .open import OpenPrimitive
 
 
 def linear_map(op, static, residuals, tangents, results):

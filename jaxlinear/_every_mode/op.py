@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.interpreters import ad, batching
 
-from jaxlinear._every_mode.levels import Term, batched, under_levels
-from jaxlinear._every_mode.linear_map import linear_map
-from jaxlinear._every_mode.open import OpenPrimitive
+from .levels import Term, batched, under_levels
+from .linear_map import linear_map
+from .open import OpenPrimitive
 
 
 def in_every_mode(
