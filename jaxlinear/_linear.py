@@ -1,7 +1,7 @@
 """The linear layer and its derivative: Y = X Wᵀ + B.
 
-Read from top to bottom: the public function checks its arguments and settles
-the dtype, the op computes, the rule differentiates.
+Read from top to bottom: the public function checks its arguments and settles the dtype,
+the op computes, the rule differentiates.
 """
 
 from functools import partial
@@ -57,60 +57,60 @@ def linear(
 
         x (*, in)    weight (out, in)    bias (out,)    result (*, out)
 
-    where ``*`` is any number of leading axes, none included. Given the cotangent
+    where ``*`` is any number of leading axes, including none. Given the cotangent
     G = ∂Loss/∂Y, reverse mode computes::
 
         ∇X = G W     ∇W = Gᵀ X     ∇B = Σ G
 
-    with the leading axes contracted in ∇W and summed in ∇B. Each product is
-    accumulated in at least float32 and rounded once: Y to ``dtype``, each gradient
-    to the dtype of its own argument. GPUs alone round Y before the bias is added, too,
-    as the naive formula does, unless the forward product is asked to leave in float32:
-    what is not rounded would be written to memory first. With float32 weights and
-    ``dtype=bfloat16`` the weight gradient therefore never passes through bfloat16.
-    Forward mode computes, of tangents dX, dW and dB::
+    with the leading axes contracted in ∇W and summed in ∇B. Each product is accumulated
+    in at least float32 and rounded once: Y to ``dtype``, each gradient to the dtype of
+    its own argument. So with float32 weights and ``dtype=bfloat16`` the weight gradient
+    does not pass through bfloat16. On GPUs Y is also rounded before the bias is added,
+    as in the naive formula: XLA would write the float32 product to memory first. A
+    forward product with ``preferred_element_type=float32`` is not rounded there.
+
+    Given tangents dX, dW and dB, forward mode computes::
 
         dY = dX Wᵀ + X dWᵀ + dB
 
-    as the forward product is computed, with float32 sums that are rounded once, no
-    product for an argument without a tangent, and no tangent in 8 bits. X and W are
-    what is kept for reverse mode, so they have no more bits there than the operands of
-    a gradient. Both modes may be combined to any order, and ``jax.linear_transpose``
-    takes the layer as a function of ``x``.
+    as the forward product is computed, with float32 sums that are rounded once. An
+    argument without a tangent costs no product, and tangents are never in 8 bits. Both
+    modes read X and W as they are kept for the backward pass, with the bits of the
+    operands of a gradient. The modes combine to any order, and ``jax.linear_transpose``
+    takes the layer as a function of ``x`` or of ``weight``.
 
     The function is jitted. Its result has the checkpoint name ``"linear"``; the policy
     :func:`jaxlinear.save_linear_outputs` saves it.
 
     Args:
-      x: input, with at least one axis. Like the others whatever ``jnp.asarray`` takes,
-        but no list. Integers are promoted as in ``jax.numpy``; where all arguments are
-        integers, so is Y, and there is no gradient.
+      x: input, with at least one axis. Arguments are whatever ``jnp.asarray`` takes,
+        except lists and other containers. Integers are promoted as in ``jax.numpy``. If
+        all arguments are integers, so is Y, and there is no gradient.
       weight: matrix (out, in), the layout of PyTorch.
-      bias: vector (out,), or None. It is added in the dtype in which the product leaves
-        its accumulator.
+      bias: vector (out,), or None. It is added before Y is rounded (on GPUs after).
       dtype: floating or complex dtype of the products' operands and of the result, of
         16 bits or more. Default: the promoted dtype of the arguments.
       precision: precision of the three products, as in :func:`jax.lax.dot_general`.
         TensorFloat32 is ``"tensorfloat32"``, or ``"TF32_TF32_F32"`` and
-        ``"TF32_TF32_F32_X3"`` where the device must have it. Default:
+        ``"TF32_TF32_F32_X3"``, which raise on a device without it. Default:
         ``jax_default_matmul_precision``.
-      products: what one product has for itself, where it is not what ``dtype`` and
-        ``precision`` say for all three. ``Products(weight_grad=Product(...))`` with
+      products: overrides ``dtype`` and ``precision`` for one product at a time.
+        ``Products(weight_grad=Product(...))`` with
 
         - ``precision="highest"`` computes the weight gradient with all bits;
-        - ``dtype=float32``, under ``dtype=bfloat16``, from the unrounded arguments;
-          G itself comes in ``dtype``;
-        - ``dtype=bfloat16``, under ``dtype=float16``, keeps gradients that would
-          overflow in float16 or be flushed to zero;
+        - ``dtype=float32``, under ``dtype=bfloat16``, multiplies arguments that are not
+          rounded; G itself comes in ``dtype``;
+        - ``dtype=bfloat16``, under ``dtype=float16``, takes arguments beyond the range
+          of float16; Y and G themselves stay in float16;
         - ``preferred_element_type=bfloat16``, under ``dtype=bfloat16``, halves the
           bytes that data parallelism sends, and rounds the gradient to bfloat16;
-        - a ``dtype`` of 8 bits multiplies scaled operands, from the arguments as they
-          came. :data:`jaxlinear.FLOAT8`, :data:`jaxlinear.FLOAT8_E4M3` and
-          :data:`jaxlinear.INT8` have it in all three. What the gradients multiply is
-          kept in 8 bits, through which there is no second derivative.
+        - a ``dtype`` of 8 bits multiplies scaled operands, made from the arguments as
+          they came. The recipes :data:`jaxlinear.FLOAT8`, :data:`jaxlinear.FLOAT8_E4M3`
+          and :data:`jaxlinear.INT8` do so in all three products. The operands kept for
+          the gradients then have 8 bits, and there is no second derivative.
 
-        Each gradient leaves in the dtype of its argument. The bias and its gradient
-        stay as they are.
+        Each gradient is returned in the dtype of its argument. The bias and its
+        gradient are not affected.
       out_sharding: sharding of the result on a mesh with explicit axes, as in
         :func:`jax.lax.dot_general`.
 
@@ -120,10 +120,10 @@ def linear(
     Raises:
       ValueError: if the shapes are not those above, a precision is unknown, or no
         platform multiplies the 8-bit operands that a product asks for.
-      TypeError: if an argument is no array, a dtype is neither floating nor complex, or
-        has less than 16 bits, or is real while an argument is complex, or a product
-        cannot have the ``preferred_element_type`` that was asked for; or if a second
-        derivative is asked for of what is kept in 8 bits.
+      TypeError: if an argument is not an array; if a dtype is neither floating nor
+        complex, has less than 16 bits, or is real while an argument is complex; if a
+        product cannot have the ``preferred_element_type`` asked for; or for a second
+        derivative of a layer that keeps operands in 8 bits.
 
     The formulas are those of ``torch.nn.Linear``:
     https://docs.pytorch.org/docs/stable/generated/torch.nn.Linear.html
@@ -138,7 +138,7 @@ def linear(
              [8., 8., 8.]], dtype=float32)
     """
     x, weight, bias = checked_arrays(x, weight, bias)
-    # What is left out costs no time in a call.
+    # Each option that is passed on costs time in every call.
     options = {}
     if dtype is not None:
         options["dtype"] = dtype = checked_dtype("dtype", dtype)
@@ -146,10 +146,9 @@ def linear(
         options["products"] = checked_products(products, precision, dtype)
     if out_sharding is not None:
         options["out_sharding"] = out_sharding
-    # Not jitted where it is the naive formula: libraries that replace
-    # `lax.dot_general` must see every call. Nor in a program with explicit axes: XLA
-    # would gather a sharded weight for the forward pass and again for the backward
-    # (tests/test_collectives.py).
+    # The naive formula is not jitted: libraries that replace `lax.dot_general` must see
+    # every call. Nor is a program with explicit axes: XLA would gather a sharded weight
+    # for the forward pass and again for the backward (tests/test_collectives.py).
     bare = is_plain() or is_traced_with_explicit_axes(weight)
     apply = _apply if bare else _apply_jitted
     return apply(x, weight, bias, **options)
@@ -198,8 +197,8 @@ class Spec(NamedTuple):
         return is_sharded or any(p.scaling == "per_tensor" for p in self.products)
 
 
-# The op: Y = X Wᵀ + B. Each product casts its operands inside it, so that the rule
-# below decides in which dtype each gradient leaves its product.
+# The op: Y = X Wᵀ + B. The casts are inside, so that the rule below decides the dtype
+# of each gradient.
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -214,9 +213,9 @@ def _linear(x, weight, bias, spec):
 #     ∂Loss/∂w_oi = Σ_n g_no x_ni      ∇W = Gᵀ X
 #     ∂Loss/∂b_o  = Σ_n g_no           ∇B = Σ G
 #
-# ∇X reads W, ∇W reads X and ∇B neither, so each operand is kept only if the other
-# one is differentiated, and it is kept as the rule multiplies it: in the dtype of that
-# product, and with its scale where that has 8 bits.
+# ∇X reads W, ∇W reads X and ∇B neither, so each operand is kept only if the other one
+# is differentiated. It is kept as the rule multiplies it: in the dtype of that product,
+# or in 8 bits with its scale.
 
 
 class Residuals(NamedTuple):
@@ -244,7 +243,7 @@ def _linear_forward(x, weight, bias, spec):
 def _linear_backward(spec, residuals, G):
     X, W, _ = residuals
     _, input_grad, weight_grad = spec.products
-    if G.dtype != spec.Y.dtype:  # A sum over what is mapped, which has more bits.
+    if G.dtype != spec.Y.dtype:  # A sum over mapped elements, in float32.
         input_grad, weight_grad = (
             input_grad.widened(G.dtype),
             weight_grad.widened(G.dtype),
@@ -260,10 +259,10 @@ _linear.defvjp(_linear_forward, _linear_backward, symbolic_zeros=True)
 
 
 def _lacks_rows(x, weight, bias):
-    """Whether dY may have no operand with the leading axes, or the mapped ones, of Y.
+    """Whether nothing else may give dY the leading or the mapped axes of Y.
 
-    Under `jax.vmap` a bias that is mapped maps Y. The tangent is mapped by dB, by the
-    rows, or by JAX: then it would sum the cotangents in their own dtype.
+    dB has no leading axes. And if `jax.vmap` maps only the bias, Y is mapped, but dX Wᵀ
+    is not: JAX would broadcast it, and sum the cotangent in its own dtype.
     """
     if bias is None:
         return False

@@ -1,7 +1,7 @@
-"""The noun: a product of a linear layer, and what a user may choose of it.
+"""A product of a linear layer, and what a user may choose of it.
 
-The same objects, with nothing left open in them, are what the op carries
-(:func:`jaxlinear._arguments.completed`) and what chooses a form on CPU.
+The op carries the same objects with every default filled in, and they choose the form
+of a product on a CPU.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ Precision = lax.PrecisionLike | Sequence[lax.PrecisionLike]
 
 
 class Product(NamedTuple):
-    """How one product of a linear layer is computed. None is the layer's default.
+    """How one product of a linear layer is computed. None means the layer's default.
 
     Attributes:
       dtype: dtype to which the operands are cast: one, or a pair in the order of the
@@ -34,11 +34,11 @@ class Product(NamedTuple):
       precision: as in :func:`jax.lax.dot_general`: a ``jax.lax.Precision``, a
         ``jax.lax.DotAlgorithmPreset``, the name of either, or one for each operand. The
         derivatives of a product have its precision.
-      preferred_element_type: dtype in which the product leaves its accumulator, so the
-        one in which partial sums are added across devices: that of the operands, or
-        their accumulator's (float32 for float16, bfloat16 and float8, int32 for int8);
-        for 8 bits the accumulator's alone. Default: that of the result, or the
-        accumulator's where another rounding would follow.
+      preferred_element_type: dtype in which the product is returned, and in which
+        devices sum their parts of it: that of the operands or of their accumulator
+        (float32 for float16, bfloat16 and float8, int32 for int8); for 8 bits only that
+        of the accumulator. Default: the dtype of the result, or the accumulator's if
+        another rounding would follow.
       scaling: of 8-bit operands. ``"per_tensor"``: each has one scale. ``"per_row"``:
         each has one for every index of its axes that are not contracted, so for every
         token and every output channel in the forward product. A scale is float32, and
@@ -57,10 +57,7 @@ class Product(NamedTuple):
 
     @property
     def operand_dtype(self) -> np.dtype:
-        """The dtype of both operands, of more than 8 bits, where it is not left open.
-
-        That of X, W and G before they are scaled is no part of an 8-bit product.
-        """
+        """The dtype of both operands, if it is set and has more than 8 bits."""
         return jnp.dtype("float16" if self.is_alternative_float16 else self.dtype)
 
     def widened(self, dtype):

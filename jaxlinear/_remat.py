@@ -15,8 +15,8 @@ def save_linear_outputs(primitive: Primitive, *types: Any, **parameters: Any) ->
     """A policy for ``jax.checkpoint`` that saves the result of every ``linear``.
 
     The backward pass then runs no forward product again, and recomputes everything
-    else. It is ``save_only_these_names("linear")``, but for layers that are not
-    differentiated, which have no name.
+    else. Unlike ``save_only_these_names("linear")`` it also saves the result of a layer
+    that is not differentiated, which has no name.
 
     Args:
       primitive: the operation that JAX asks about; it calls the policy, not the user.

@@ -66,7 +66,7 @@ def in_every_mode(
       The function, with the arguments of ``op``.
 
     Raises:
-      TypeError: if ``op`` is no such object, or a name is not one of its arguments;
+      TypeError: if ``op`` is not such an object, or a name is not one of its arguments;
         later if a rule returns something of another structure, shape or dtype than it
         must.
     """

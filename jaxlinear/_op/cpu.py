@@ -1,14 +1,13 @@
-"""Products in the form that suits XLA's CPU backend, on CPUs of two kinds.
+"""The forms of products for XLA's CPU backend, on CPUs of two kinds.
 
-A CPU with bfloat16 instructions has a fast product of bfloat16 operands. On any other
-one the fastest product, and the safest, is that of operands cast to float32.
-``python -m benchmarks --device cpu`` measures what each choice gains, and
-tests/test_random_programs.py that none of them fails. In float32 no form was found that
-is faster than the plain one at every shape; at one row there is one that is more
-accurate.
+A CPU with bfloat16 instructions multiplies bfloat16 operands fast. On any other CPU it
+is mostly faster, and always safe, to cast them to float32. ``python -m benchmarks
+--device cpu`` measures what each choice gains, and tests/deep/test_random_programs.py
+looks for programs in which one fails. In float32 no form was found that is faster than
+the plain one at every shape; at one row there is one that is more accurate.
 
-The form is chosen when a program is lowered for a CPU. An exported program keeps that
-of the machine on which it was exported: it runs everywhere, with the same values.
+The form is chosen when a program is lowered for a CPU. An exported program keeps the
+form of the machine on which it was exported. It runs everywhere, with the same values.
 """
 
 import functools
@@ -72,12 +71,12 @@ def bfloat16_form():
 
 
 def has_one_device():
-    """Whether no program is split over CPUs, of this process or of others."""
+    """Whether there is one CPU device, so that no program is split over several."""
     return not _has_backend() or jax.device_count("cpu") == 1
 
 
 def _has_backend():
-    """Whether there is a CPU to run on, or only programs that are exported for one."""
+    """Whether this process has a CPU backend; it may only export for CPUs."""
     try:
         return bool(jax.local_devices(backend="cpu"))
     except RuntimeError:  # `JAX_PLATFORMS` names others.
@@ -104,7 +103,7 @@ def _has_bfloat16_instructions():
 def _reads_bfloat16():
     """Whether XLA multiplies bfloat16 operands without a copy of them in float32.
 
-    Where the result is bfloat16, too, XLA 0.12 does on every CPU, 0.10 on none.
+    If the result is also bfloat16, the XLA of JAX 0.12 does, and that of 0.10 does not.
     """
 
     def product(a, b):
@@ -122,15 +121,15 @@ def _compiled(function, shape, count):
     cpu = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     array = jax.ShapeDtypeStruct(shape, "bfloat16", sharding=cpu)
     lowered = jax.jit(function).lower
-    # In a thread of its own, where no mesh is set: the caller's may have other devices.
+    # In another thread no mesh is set: the caller's may have other devices.
     with ThreadPoolExecutor(max_workers=1) as thread:
         return thread.submit(lambda: lowered(*[array] * count).compile()).result()
 
 
 def has_own_form(a, b, contracted_axes, precision, sharding):
-    """Whether CPUs multiply the operands otherwise than ``lax.dot_general`` does.
+    """Whether CPUs multiply the operands in another form than ``lax.dot_general``.
 
-    No backend is asked: programs are traced where there is none.
+    This asks no backend: programs are traced where there is none.
     """
     if 0 in a.shape or 0 in b.shape:
         return False
@@ -148,8 +147,8 @@ class Call(NamedTuple):
     contracted_axes: tuple[tuple[int, ...], tuple[int, ...]]
     precision: Any
     sharding: Any
-    leaving: Any  # the dtype of the result
-    is_alone: bool  # or does JAX map or differentiate it?
+    result_dtype: Any
+    is_alone: bool  # not mapped or differentiated by JAX
 
 
 def multiply_on_cpu(a, b, call):
@@ -162,7 +161,7 @@ def multiply_on_cpu(a, b, call):
         Y = _sum_in_blocks(a, b, precision)
     else:
         Y = _dot(a, b, call)
-    return Y.astype(call.leaving)
+    return Y.astype(call.result_dtype)
 
 
 def _multiplied(dtype, precision):
@@ -206,8 +205,9 @@ def _weight_gradient(G, X, call):
 def _is_faster_widened(rows, call, few=0):
     """Whether a product of ``rows`` is faster in float32, by 10 to 25 %.
 
-    At a ``few`` rows it is not. An XLA that reads bfloat16 as it is makes float32
-    copies of its own for the naive formula, but for several leading or mapped axes.
+    At a ``few`` rows it is not. An XLA that reads bfloat16 operands without a copy
+    makes float32 copies for the naive formula, except with several leading or mapped
+    axes.
     """
     form = bfloat16_form()
     if form not in (READ, WIDENED) or _has_few_rows(rows, few):
@@ -216,7 +216,7 @@ def _is_faster_widened(rows, call, few=0):
 
 
 def _widened(a, b, call):
-    """A product of operands that are cast to float32: the one that never fails."""
+    """A product of operands that are cast to float32: no program is known to fail."""
     is_free = _is_transposed(a, call) and call.sharding is None
     if is_free and call.is_alone and _is_better_flat(a, b):
         a, b, call = _rows(a), _rows(b), call._replace(contracted_axes=((0,), (0,)))
@@ -227,12 +227,12 @@ def _widened(a, b, call):
 
 
 def _kept_rounded(operand):
-    """A float32 operand that was cast from bfloat16, in no more bits than that.
+    """A float32 operand that was cast from bfloat16, with no more bits than that.
 
-    XLA may drop the cast of an activation to bfloat16 before one to float32, and does
-    where the product has no gradient: training and evaluation would differ. It is part
-    of the cast, at no cost. In one kernel of YNNPACK with several casts and ReLUs
-    (JAX 0.12.0.1) a constant is not initialized; this ends the kernel before that.
+    XLA may drop a cast to bfloat16 before a cast to float32. It does so if the product
+    has no gradient, and training and evaluation would differ. XLA fuses this rounding
+    with the cast. In a kernel of YNNPACK with several casts and ReLUs (JAX 0.12.0.1) a
+    constant is not initialized; the rounding splits that kernel.
     """
     return lax.reduce_precision(operand, exponent_bits=8, mantissa_bits=7)
 
@@ -241,14 +241,13 @@ def _fenced(a, b, call, dot=None):
     """A product of bfloat16 operands that are not cast.
 
     With bfloat16 instructions and a float32 result it is two to four times as fast as
-    one of float32 operands. But it fails when it runs ("Unsupported
-    element type for DotThunk") where XLA has folded a transpose into the result or
-    into the first operand; the barriers keep them out. `jax.vmap` over one operand
-    puts one inside.
+    one of float32 operands. But it fails at run time ("Unsupported element type for
+    DotThunk") if XLA has folded a transpose into the result or the first operand. The
+    barriers keep transposes out, except one from `jax.vmap` over one operand.
 
-    The second operand stays as it comes, and so does the first where it is about
-    to be gathered, which keeps transposes out as well: behind a barrier, the
-    gathered copy would not be shared with the other products of the layer.
+    The second operand has no barrier, and neither has the first if it is about to be
+    gathered, which also keeps transposes out: behind a barrier, the gathered copy would
+    not be shared with the other products of the layer.
     """
     is_gathered = not _is_transposed(a, call) and _has_gathered_rows(a, call.sharding)
     a = a if is_gathered else lax.optimization_barrier(a)
@@ -256,7 +255,7 @@ def _fenced(a, b, call, dot=None):
 
 
 def _doubled(a, b, call):
-    """The product of one row, multiplied twice: XLA copies the weight for one alone."""
+    """The product of one row, multiplied twice: for a single row XLA copies W."""
     if call.sharding is not None:
         return _widened(a, b, call)
     a_axes, b_axes = call.contracted_axes
@@ -265,9 +264,9 @@ def _doubled(a, b, call):
 
 
 def _dot(a, b, call):
-    # XLA that reads bfloat16 as it is needs no float32 array to round from, either. Of
-    # several devices each would round its part of a sum.
-    is_rounded = a.dtype == call.leaving == "bfloat16" and _reads_bfloat16()
+    # An XLA that reads bfloat16 operands without a copy needs no float32 result to
+    # round. With several devices each would round its part of a sum.
+    is_rounded = a.dtype == call.result_dtype == "bfloat16" and _reads_bfloat16()
     is_rounded = is_rounded and has_one_device()
     return dot_general(
         a,
@@ -282,8 +281,8 @@ def _dot(a, b, call):
 def _transposed_dot(G, X, call):
     """Gᵀ X, with a copy of G in which the contracted axes are the last ones.
 
-    XLA makes the copy, without which it leaves its fast path, where G has another axis,
-    here of length one. X stays as it comes, so that the forward product shares its
+    XLA makes the copy if G has another axis, here of length one. Without the copy it
+    leaves its fast path. X is not copied, so that the forward product shares its
     gathered copy.
     """
     sharding = call.sharding
@@ -311,9 +310,9 @@ def _is_cheaper_swapped(G, X):
 
 
 def _is_better_flat(G, X):
-    """Whether one leading axis is faster than several, where there is one device.
+    """Whether one leading axis is faster than several, on one device.
 
-    With several XLA copies G for Gᵀ X, and has another float32 copy for G W.
+    With several axes XLA copies G for Gᵀ X, and makes another float32 copy for G W.
     """
     if _is_symbolic(G, X):
         return False
@@ -353,7 +352,7 @@ def _is_long_sum_of_one_row(a, b, contracted_axes):
 def _sum_in_blocks(G, W, precision):
     """G W at one row: as fast as the plain product, and several times as accurate.
 
-    The plain one adds up the rows of W one after the other.
+    The plain product sums over the rows of W one after the other.
     """
     sums = dot_general(
         G.reshape(_BLOCKS, -1),

@@ -1,8 +1,8 @@
 """The formulas: three products, each computed as its ``Product`` says, and a sum.
 
-X is (*, in), W (out, in), B (out,), and G and Y are (*, out). Each function casts its
-operands, or quantizes them, accumulates in at least float32 and rounds to the type that
-it is given.
+X is (*, in), W (out, in), B (out,), and G and Y are (*, out). Each function casts or
+quantizes its operands, accumulates in at least float32, and rounds to the type that it
+is given.
 """
 
 from typing import NamedTuple
@@ -20,17 +20,17 @@ from jaxlinear._product import Product, accumulator_dtype
 
 @jax.named_scope("forward_product")
 def forward_product(X, W, B, product, Y_type):
-    """Y = X Wᵀ + B. B is added in the dtype in which the product leaves."""
+    """Y = X Wᵀ + B. B is added in the dtype of the product's result."""
     if product.preferred_element_type is not None:
         return _forward_product(X, W, B, product, Y_type)
     return visible_by_platform(_ForwardProduct(product, Y_type), X, W, B)
 
 
 class _ForwardProduct(NamedTuple):
-    """The product that leaves in the dtype that costs nothing.
+    """Y where the platform decides if the product is rounded before B is added.
 
-    TPUs and CPUs add the bias before anything is rounded, at no cost. XLA for GPUs
-    would first write the float32 product to memory (tests/deep/targets).
+    TPUs and CPUs add B to the float32 product. XLA for GPUs would first write that to
+    memory (tests/deep/targets), so there it is rounded.
     """
 
     product: Product
@@ -39,16 +39,16 @@ class _ForwardProduct(NamedTuple):
     platforms = "cuda", "rocm"
 
     def plain(self, *operands):
-        return self._leaving_in(accumulator_dtype(self.Y_type.dtype), *operands)
+        return self._with_product_in(accumulator_dtype(self.Y_type.dtype), *operands)
 
     def on(self, platform, is_alone, *operands):
         is_gpu = platform in ("cuda", "rocm")
-        left = self.Y_type.dtype if is_gpu else accumulator_dtype(self.Y_type.dtype)
-        return self._leaving_in(left, *operands)
+        wide = accumulator_dtype(self.Y_type.dtype)
+        return self._with_product_in(self.Y_type.dtype if is_gpu else wide, *operands)
 
-    def _leaving_in(self, dtype, X, W, B):
-        left = self.product._replace(preferred_element_type=dtype)
-        return _forward_product(X, W, B, left, self.Y_type)
+    def _with_product_in(self, dtype, X, W, B):
+        product = self.product._replace(preferred_element_type=dtype)
+        return _forward_product(X, W, B, product, self.Y_type)
 
 
 def _forward_product(X, W, B, product, Y_type):

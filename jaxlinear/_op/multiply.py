@@ -1,4 +1,4 @@
-"""The product of two arrays, with nothing left open in it but its form on a CPU."""
+"""The product of two arrays; only its form on a CPU is still open."""
 
 import contextlib
 from typing import NamedTuple
@@ -50,9 +50,14 @@ class ArrayProduct(NamedTuple):
     def on(self, platform, is_alone, a, b):
         if platform != "cpu":
             return self.plain(a, b)
-        _, precision, leaving, _ = self.product
-        options = self.contracted_axes, precision, self.sharding, leaving, is_alone
-        return multiply_on_cpu(a, b, Call(*options))
+        call = Call(
+            contracted_axes=self.contracted_axes,
+            precision=self.product.precision,
+            sharding=self.sharding,
+            result_dtype=self.product.preferred_element_type,
+            is_alone=is_alone,
+        )
+        return multiply_on_cpu(a, b, call)
 
 
 _UNHINTED = contextlib.nullcontext()

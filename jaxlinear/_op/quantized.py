@@ -33,8 +33,8 @@ class Quantized(NamedTuple):
     """An array in 8 bits, ``values * scale``.
 
     The scale is float32 and has the axes of the values, of length one where it is
-    shared along them. ``array`` is what was quantized, for derivatives, and None where
-    it is not kept.
+    shared along them. ``array`` is the array that was quantized, for derivatives, or
+    None if it is not kept.
     """
 
     values: jax.Array
@@ -88,9 +88,9 @@ def _quantized(array, dtype, axes):
 class _Largest(NamedTuple):
     """The largest magnitude along ``axes``.
 
-    It is that of the finite values ``of_finite``, or else NaN where a value is NaN. The
-    barriers keep XLA from the maximum of a constant, of a weight that a program closes
-    over: its interpreter takes a minute for 4096 × 4096.
+    With ``of_finite`` only finite values count; else it is NaN if a value is NaN. The
+    barriers keep XLA from computing the maximum of a constant, such as a weight that a
+    program closes over: its interpreter takes a minute for 4096 × 4096.
     """
 
     axes: tuple[int, ...]
@@ -109,7 +109,7 @@ class _Largest(NamedTuple):
         if self.of_finite:
             return self._maximum(array)
         # XLA's maximum drops NaN there, from 4,096 elements on.
-        if has_one_device():  # Its sums do not, and are as fast.
+        if has_one_device():  # Its sums keep NaN, and are as fast.
             squares = jnp.sum(array * array, self.axes, keepdims=True)
             return jnp.where(jnp.isnan(squares), squares, self._maximum(array))
         # One collective instead of two: magnitudes have the order of their bits, in
@@ -126,13 +126,13 @@ class _Largest(NamedTuple):
 
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
 def multiply_quantized(a, b, contracted_axes, product, sharding):
-    """The product of 8-bit operands. ``b`` may be without the array it was made of.
+    """The product of 8-bit operands. ``b`` may lack the array that it was made of.
 
-    Its derivative is that of the product of arrays: tangents are not quantized.
+    The derivative is that of a product of the arrays: tangents are not quantized.
     """
     varying = [k for k, j in enumerate(contracted_axes[1]) if b.scale.shape[j] != 1]
     if varying and _varies_elsewhere(b.scale, contracted_axes[1]):
-        # Such a scale, which `jax.vmap` makes of one for each row, is no factor of the
+        # `jax.vmap` makes such a scale of one for each row. It is not a factor of the
         # sum. Bfloat16 has the bits of an 8-bit value with its scale.
         scaled = Product(jnp.dtype("bfloat16"), product.precision, jnp.dtype("float32"))
         arrays = a.array.astype(scaled.dtype), b.astype(scaled.dtype)
@@ -162,7 +162,7 @@ class _ScaledProduct(NamedTuple):
     def on(self, platform, is_alone, a, b, scale):
         leaving = self.product.preferred_element_type
         # XLA for GPUs makes one call of it, with a float32 scale and one rounding.
-        # Devices add up partial sums in bfloat16, as without 8 bits.
+        # Devices sum partial sums in bfloat16, as without 8 bits.
         wide = jnp.dtype("float32") if platform == "tpu" else leaving
         return self._scaled(a, b, scale, leaving, wide)
 
@@ -233,11 +233,11 @@ class _ValuesProduct(NamedTuple):
         return Y.astype(self.dtype)
 
     def on(self, platform, is_alone, a, b):
-        # Of several devices an operand that is cast is gathered for each product again.
+        # With several devices a cast operand is gathered for each product again.
         if platform != "cpu" or not has_one_device():
             return self.plain(a, b)
-        # XLA has no instructions for float8 there, and for int8 none in Gᵀ X. Each
-        # value is one of bfloat16, too, and each product of two is one of float32.
+        # XLA has no instructions for float8 there, and for int8 none in Gᵀ X. Bfloat16
+        # has each of these values, and float32 each product of two of them.
         a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
         wide = Product(a.dtype, self.precision, jnp.dtype("float32"))
         arrays = ArrayProduct(self.contracted_axes, wide, self.sharding)

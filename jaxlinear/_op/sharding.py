@@ -59,9 +59,9 @@ def without_reduced_axes(array):
 
 
 def sharded_as_factor(array, sharding):
-    """``array`` such that it can be multiplied with what is split as ``sharding`` says.
+    """``array`` resharded as a factor of an array that is split as ``sharding`` says.
 
-    The axes of length one are not split.
+    Axes of length one are not split.
     """
     spec = sharding.spec if isinstance(sharding, NamedSharding) else sharding
     split = itertools.zip_longest(spec.partitions, array.shape)
@@ -88,7 +88,7 @@ class _Rounded(NamedTuple):
     def on(self, platform, is_alone, total):
         if platform != "tpu":
             return total
-        # XLA for TPUs moves a cast, even one behind a barrier, before the sum over the
-        # devices. This rounding stays where it is.
+        # XLA for TPUs moves a cast before the sum over the devices, even from behind a
+        # barrier. This rounding stays where it is.
         bits = jnp.finfo(self.dtype)
         return lax.reduce_precision(total, bits.nexp, bits.nmant)

@@ -105,7 +105,7 @@ def _as_text(measurements, device):
 
     def cell(row, column):
         found = cells.get((row, column))
-        if found is None:  # Of 8 bits there is our layer alone.
+        if found is None:  # Only our layer has 8 bits.
             return "– "
         return f"{found.error:.1e}{' ' if found.is_explained else '!'}"
 

@@ -18,7 +18,7 @@ from jaxlinear._product import EIGHT_BIT_PAIRS, Product
 from jaxlinear.inspect._hlo import bits, collectives, instructions
 from jaxlinear.inspect._table import table
 
-# The names that `_formulas.py` gives to the operations of each product.
+# The names that `_op/formulas.py` gives to the operations of each product.
 _SCOPE = re.compile(r"\b(forward_product|input_gradient|weight_gradient)\b")
 _EIGHT_BITS = {str(dtype) for pair in EIGHT_BIT_PAIRS for dtype in pair}
 
@@ -28,9 +28,9 @@ class CompiledProduct:
     """A product as it was compiled, and how many there are.
 
     ``product`` is what the device computes: the dtypes of the operands that it reads,
-    the precision in XLA's words, and the dtype in which the sums leave; inside, an
-    accelerator may use a wider one. ``result`` is the dtype to which the source rounds
-    them. ``runs_as`` is XLA's operation, or the library that it calls.
+    the precision in XLA's words, and the dtype of the sums that it returns; inside, an
+    accelerator may use a wider one. ``result`` is the dtype to which the program rounds
+    the sums. ``runs_as`` is XLA's operation, or the library that it calls.
     """
 
     name: str
@@ -124,17 +124,17 @@ def _text(value):
 def explain(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation:
     """Say what a call of ``function`` and its backward pass run on this device.
 
-    The call, and the reverse-mode derivative of its floating results in its floating
-    arguments, are compiled and not run. What is said is read from the program that XLA
-    made, which may have fused, converted or removed what the source asked for. A loop's
-    body counts once.
+    The call and the gradient of its floating results in its floating arguments are
+    compiled and not run. The report is read from the program that XLA made. XLA may
+    have fused, converted or removed what the source asked for. The body of a loop
+    counts once.
 
     Args:
       function: a function of arrays; a Flax NNX or Equinox module, whose parameters
-        are differentiated too; or a Flax Linen module, whose variables are taken in
-        shape only.
-      *args: pytrees of arrays or of ``jax.ShapeDtypeStruct``, sharded or not. All else
-        in them is passed on as it is.
+        are also differentiated; or a Flax Linen module, of whose variables only the
+        shapes are used.
+      *args: pytrees of arrays or of ``jax.ShapeDtypeStruct``, sharded or not. Other
+        leaves are passed on unchanged.
       **kwargs: the same, by name: ``train=True``, or those of ``apply`` for a Linen
         module, ``rngs`` and ``mutable`` among them.
 
@@ -266,7 +266,7 @@ def _products(asked, compiled):
 
 def _notes(asked, platform):
     """What was chosen for the platform, and why."""
-    # Those of operands before they are cast for the product, too.
+    # Operands have their dtypes from before any cast for the product here.
     dtypes = {d for i in asked if _scope(i) for d in i.operand_dtypes}
     if platform == "cpu" and "bfloat16" in dtypes:
         yield cpu.REASONS[cpu.bfloat16_form()]
