@@ -1,4 +1,4 @@
-"""The naive formula, for libraries that replace its product or look for it."""
+"""The naive formula, for libraries that replace or look for its product."""
 
 import contextlib
 from collections.abc import Iterator
@@ -24,11 +24,11 @@ def plain_autodiff() -> Iterator[None]:
     no switch: the layer is the naive formula while they run a model. Nor do JAX's own
     transformations, or libraries that take a rule for :data:`jaxlinear.PRIMITIVES`.
 
-    What is computed is then what the naive formula computes: Y is rounded before the
+    The layer then computes what the naive formula computes: Y is rounded before the
     bias is added and again afterwards, and parameter gradients have the accuracy of the
     compute dtype. All three products have operands of ``dtype`` and the precision of
-    the forward product; what else ``products`` asks for is checked and not used. The
-    result has no checkpoint name.
+    the forward product; the rest of ``products`` is checked and not used. The result
+    has no checkpoint name.
 
     The setting belongs to the thread and to the call: functions returned by
     ``jax.vjp``, ``jax.linearize`` or ``jax.jit(f).lower(...).compile()`` keep the one

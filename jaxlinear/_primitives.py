@@ -1,4 +1,4 @@
-"""What programs of ours have beside JAX's own primitives."""
+"""The primitives of this package."""
 
 from jax.extend.core import Primitive
 

@@ -1,12 +1,12 @@
 """A function that has other forms on some platforms, chosen when a program is lowered.
 
-The form on a CPU depends on its instructions and on the number of devices. A program is
-traced before a backend is started, or where there is no CPU backend to ask. So the
-question waits until a program is lowered for a CPU. That takes a primitive:
+The form on a CPU depends on its instructions and on the number of devices. A program
+may be traced before a backend is started, or where there is no CPU backend to ask. So
+the question waits until a program is lowered for a CPU. That takes a primitive:
 `jax.lax.platform_dependent` traces its functions for all platforms.
 
-Each has its readers. Policies of `jax.checkpoint` enter the choice that JAX has, and so
-find a product that they save; checkify, roofline and other interpreters enter ours.
+Policies of `jax.checkpoint` enter the choice that JAX has, and so find a product that
+they save. Checkify, roofline and other interpreters enter ours. Hence two functions.
 """
 
 from functools import partial
@@ -25,8 +25,8 @@ def by_platform(form, *operands):
     """``form.plain(*operands)``, or ``form.on(platform, is_alone, *operands)``.
 
     Both return one array of the same type, and differ on ``form.platforms``. The form
-    is a value with a hash, for JAX's caches. ``is_alone`` is False where JAX maps or
-    differentiates the function.
+    has a hash, for JAX's caches. ``is_alone`` is False if JAX maps or differentiates
+    the function.
     """
     if is_open():
         return form.plain(*operands)
@@ -35,7 +35,7 @@ def by_platform(form, *operands):
 
 
 def visible_by_platform(form, *operands):
-    """The same, but for policies of ``jax.checkpoint`` to see, on all but CPUs."""
+    """The same, visible to policies of ``jax.checkpoint`` on all platforms but CPUs."""
     if is_open():
         return form.plain(*operands)
     forms = {platform: partial(form.on, platform, True) for platform in form.platforms}
