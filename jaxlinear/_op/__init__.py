@@ -1,1 +1,1 @@
-"""How the op runs: its formulas, and their products on each platform. Needs only JAX."""
+"""How the op runs: its formulas, and their products on each platform. JAX is enough."""
