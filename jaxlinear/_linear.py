@@ -17,13 +17,11 @@ from jax.extend.core import Primitive
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from jaxlinear._arguments import (
+from jaxlinear._checks import (
     ArrayLike,
     check_shapes,
     checked_arrays,
     checked_dtype,
-    checked_products,
-    completed,
     compute_dtype,
 )
 from jaxlinear._formulas import (
@@ -35,6 +33,8 @@ from jaxlinear._formulas import (
 from jaxlinear._linear_map import LinearMap, Term, linear_map, linear_map_p
 from jaxlinear._plain import is_plain, plain_linear
 from jaxlinear._product import Precision, Products, accumulator
+from jaxlinear._product_checks import checked_products
+from jaxlinear._product_checks import with_defaults as completed
 from jaxlinear._quantized import as_operand, as_shared_operand, kept_operand
 from jaxlinear._sharding import (
     ArrayType,
