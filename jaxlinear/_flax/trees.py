@@ -28,7 +28,7 @@ def convert_tree(tree: Tree, layers: Layers) -> Tree:
     """A copy of ``tree`` with our weights instead of Flax's kernels.
 
     ``tree`` is not the model itself but belongs to it: Linen variables, an
-    ``nnx.State``, a checkpoint of Orbax or the target of its restoring, or an
+    ``nnx.State``, a checkpoint that Orbax restored, the target of a restore, or an
     optimizer's state, which has such trees inside. For each layer the entry ``kernel``
     (..., *in, *out) becomes ``weight`` (..., *out, *in), with the names of its axes.
     Everything else stays, and values are equal to the bit.
@@ -78,9 +78,9 @@ def revert_tree(tree: Tree, layers: Layers) -> Tree:
 def dimension_numbers(layers: Layers, kind: Callable[..., Any]) -> Callable[[Any], Any]:
     """Which axes of each kernel or weight belong to the input, and which to the output.
 
-    For optimizers that read a parameter as a matrix, and know neither our weight
-    (out, in) nor the axes of a stack or of heads: it is the
-    ``muon_weight_dimension_numbers`` of ``optax.contrib.muon`` and the
+    Optimizers that read a parameter as a matrix must be told, since they know neither
+    our weight (out, in) nor the axes of a stack or of heads. Pass the result as
+    ``muon_weight_dimension_numbers`` of ``optax.contrib.muon`` or
     ``weight_dimension_numbers`` of ``optax.contrib.galore``. It is right before a
     conversion and after it.
 
@@ -108,7 +108,7 @@ def dimension_numbers(layers: Layers, kind: Callable[..., Any]) -> Callable[[Any
     counts = _checked_layers(layers)
     is_layer = functools.partial(_has_one_of, ("kernel", "weight"))
 
-    def of_entry(name, layer):
+    def entry_numbers(name, layer):
         inputs, outputs = counts[layer]
         ends = range(-inputs - outputs, 0)
         if name == "kernel":
@@ -122,16 +122,16 @@ def dimension_numbers(layers: Layers, kind: Callable[..., Any]) -> Callable[[Any
     def numbers(parameters):
         layer_at = _layers_in(parameters, counts, is_layer)
 
-        def of_node(path, node):
+        def node_numbers(path, node):
             if path not in layer_at:
                 return jax.tree.map(lambda _: None, node)
             entries = {}
             for name, entry in node.items():
-                new = of_entry(name, layer_at[path])
+                new = entry_numbers(name, layer_at[path])
                 entries[name] = jax.tree.map(lambda _, new=new: new, entry)
             return type(node)(entries)
 
-        return jax.tree.map_with_path(of_node, parameters, is_leaf=is_layer)
+        return jax.tree.map_with_path(node_numbers, parameters, is_leaf=is_layer)
 
     return numbers
 
@@ -195,7 +195,7 @@ def _names(path):
 
 def _has_one_of(names, node):
     """Whether it is a mapping with one of these parameters."""
-    # A module called so is a mapping, and not a parameter.
+    # A module of that name is a mapping.
     return isinstance(node, Mapping) and any(
         not isinstance(node.get(name, {}), Mapping) for name in names
     )
