@@ -14,13 +14,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from jaxlinear._arguments import (
+from jaxlinear._checks import (
     ArrayLike,
     check_shapes,
     checked_arrays,
     checked_dtype,
-    checked_products,
-    completed,
     compute_dtype,
 )
 from jaxlinear._every_mode import Term, in_every_mode
@@ -39,6 +37,7 @@ from jaxlinear._op.sharding import (
 )
 from jaxlinear._plain import is_plain, plain_linear
 from jaxlinear._product import Precision, Products, accumulator_dtype
+from jaxlinear._product_checks import checked_products, with_defaults
 
 
 def linear(
@@ -157,7 +156,7 @@ def linear(
 def _apply(x, weight, bias, *, dtype=None, products=None, out_sharding=None):
     check_shapes(x, weight, bias)
     dtype = compute_dtype(dtype, x, weight, bias)
-    products = completed(products, dtype, x, weight, bias)
+    products = with_defaults(products, dtype, x, weight, bias)
     if is_plain() or not jnp.issubdtype(dtype, jnp.inexact):
         precision = products.forward.precision
         return plain_linear(x, weight, bias, dtype, precision, out_sharding)

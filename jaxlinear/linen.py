@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
@@ -14,33 +15,22 @@ except ModuleNotFoundError as _error:
     _message = "jaxlinear.linen needs Flax: pip install 'jaxlinear[flax]'"
     raise ModuleNotFoundError(_message, name=_error.name) from _error
 
-from jaxlinear._arguments import (
-    ArrayLike,
+from jaxlinear._checks import ArrayLike, check_input, check_shapes, checked_array
+from jaxlinear._flax.checks import (
     Integers,
     Placement,
     as_tuple,
-    check_initializer,
-    check_input,
-    check_shapes,
-    check_use_bias,
-    checked_array,
-    checked_axes,
-    checked_axis,
-    checked_features,
-    checked_optional_dtype,
-    checked_param_dtype,
-    checked_precision,
-    checked_products,
-    checked_sharding,
+    keep_checked,
     refuse_kernel,
     refuse_others,
 )
-from jaxlinear._axes import linear_over_axes
-from jaxlinear._kernels import Axes, axes_of, with_kernels
-from jaxlinear._kernels import convert_tree as convert_tree
-from jaxlinear._kernels import dimension_numbers as dimension_numbers
-from jaxlinear._kernels import revert_tree as revert_tree
-from jaxlinear._parameters import created_bias, created_weight, pickled_placement
+from jaxlinear._flax.layout import AxisCounts, axis_counts
+from jaxlinear._flax.parameters import Drawing, pickled_placement
+from jaxlinear._flax.several_axes import checked_axes, linear_over_axes
+from jaxlinear._flax.trees import convert_tree as convert_tree
+from jaxlinear._flax.trees import dimension_numbers as dimension_numbers
+from jaxlinear._flax.trees import revert_tree as revert_tree
+from jaxlinear._flax.trees import with_kernels
 from jaxlinear._product import Precision, Products
 
 
@@ -48,15 +38,15 @@ class Linear(nn.Module):
     """Y = X Wᵀ + B over the last axis, with the derivative of :func:`jaxlinear.linear`.
 
     It takes the arguments of ``flax.linen.Dense``, with the same meaning: initializers
-    speak of a kernel (in, out). The parameters have PyTorch's names and layout,
+    refer to a kernel (in, out). The parameters have PyTorch's names and layout,
     ``weight`` (out, in) and ``bias`` (out,), where in is read from the input.
 
-    With a tuple of features or of axes it is ``flax.linen.DenseGeneral``, as in the
+    With a tuple of features or of axes it is ``flax.linen.DenseGeneral``, for the
     projections of an attention: ``Linear((8, 8))`` maps ``(*, 64)`` to ``(*, 8, 8)``,
-    and ``Linear(64, axis=(-2, -1))`` back. The weight is (*features, *in), which is
-    multiplied as the matrix that it is in memory.
+    and ``Linear(64, axis=(-2, -1))`` back. The weight is (*features, *in); it is
+    multiplied as a matrix, without a copy.
 
-    What looks for a parameter called ``kernel`` must be told of ``weight``:
+    Code that looks for a parameter ``kernel`` must look for ``weight`` instead:
     ``nn.WeightNorm(layer, feature_axes=0, variable_filter={"weight"})``, or
     ``"weight"`` in the mask of an optimizer.
 
@@ -68,25 +58,25 @@ class Linear(nn.Module):
       param_dtype: dtype of the parameters.
       precision: precision of the three products, as in :func:`jaxlinear.linear`.
       kernel_init: initializer ``init(key, shape, dtype)`` that draws the transposed
-        weight (in, features), as a matrix where there are several axes; the names of
-        ``nn.with_partitioning`` are those of the axes (in, out), and are kept as those
-        of the weight's (out, in). Default: U(-√k, √k), k = 1/in_features, as in
+        weight (in, features), as a matrix where there are several axes;
+        ``nn.with_partitioning`` names the axes (in, out), and the names are kept in the
+        order of the weight (out, in). Default: U(-√k, √k), k = 1/in_features, as in
         PyTorch.
       bias_init: initializer of the bias. Default: the same distribution.
-      products: what one product has for itself, as in :func:`jaxlinear.linear`.
+      products: overrides for single products, as in :func:`jaxlinear.linear`.
       device: a ``jax.Device`` or a ``jax.sharding.Sharding`` where the parameters are
-        created. It shards the weight (out, in); the bias is sharded as the weight's
-        output axes.
+        created. A sharding is that of the weight (out, in); the bias is sharded as the
+        weight's output axes.
       axis: axes of the input that are contracted, in ascending order, as in Flax.
-      promote_dtype, dot_general, dot_general_cls, batch_dims: Flax's, which have no
-        place here, and are refused.
+      promote_dtype, dot_general, dot_general_cls, batch_dims: arguments of Flax's that
+        are refused.
 
     Raises:
       ValueError: if ``features`` is negative, a precision is unknown, or an initializer
         returns another shape.
-      TypeError: if ``features`` or ``axis`` is no integer, a dtype is neither floating
-        nor complex, ``device`` is neither a device nor a sharding, or an initializer
-        cannot be called.
+      TypeError: if ``features`` or ``axis`` is not an integer, a dtype is neither
+        floating nor complex, ``device`` is neither a device nor a sharding, an
+        initializer cannot be called, or an argument of Flax's is refused.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -114,27 +104,33 @@ class Linear(nn.Module):
     def __post_init__(self) -> None:
         others = "promote_dtype", "dot_general", "dot_general_cls", "batch_dims"
         refuse_others({name: getattr(self, name) for name in others})
-        check_use_bias(self.use_bias)
-        # Kept as they were checked, a list as a tuple: modules have a hash.
-        self.features = checked_features("features", self.features)
-        self.axis = checked_axis(self.axis)
-        self.dtype = checked_optional_dtype("dtype", self.dtype)
-        self.param_dtype = checked_param_dtype(self.param_dtype)
-        self.precision = checked_precision("precision", self.precision)
-        self.products = checked_products(self.products, None, self.dtype)
-        check_initializer("kernel_init", self.kernel_init)
-        check_initializer("bias_init", self.bias_init)
-        checked_sharding("device", self.device)
+        # In the place of it Flax's DenseGeneral has the axes.
+        if not isinstance(self.use_bias, bool | np.bool_):
+            raise TypeError(
+                f"`use_bias` must be True or False, got {self.use_bias!r}: name `axis=`"
+            )
+        keep_checked(
+            self,
+            features=self.features,
+            axis=self.axis,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            precision=self.precision,
+            products=self.products,
+            kernel_init=self.kernel_init,
+            bias_init=self.bias_init,
+            device=self.device,
+        )
         super().__post_init__()
 
-    if not TYPE_CHECKING:  # Else every name would be an attribute.
+    if not TYPE_CHECKING:  # For a type checker every name would be an attribute.
 
         @nn.nowrap
         def __getattr__(self, name):
             refuse_kernel(self, name)
             return super().__getattr__(name)
 
-    # No device of JAX's can be pickled, and so not copied: its name is.
+    # JAX's devices can be neither pickled nor copied: the state has bytes instead.
 
     @nn.nowrap
     def __getstate__(self) -> dict[str, Any]:
@@ -158,36 +154,18 @@ class Linear(nn.Module):
           Y (*, features).
 
         Raises:
-          ValueError: if ``x`` is a scalar, it has not the axes that are contracted, or
-            they have other sizes than in_features.
-          TypeError: if ``x`` is no array.
+          ValueError: if ``x`` is a scalar or does not have the axes that are
+            contracted, or these have other sizes than in_features.
+          TypeError: if ``x`` is not an array.
         """
         x = checked_array("x", x)
-        check_input(x)
         axis, out_shape = as_tuple(self.axis), as_tuple(self.features)
-        sizes = None
         weight = nn.unbox(self.get_variable("params", "weight"))
-        if weight is not None:
-            # Flax would refuse another number of features without naming `x`.
-            if self.axis == -1 and weight.ndim == 2:
-                check_shapes(x, weight, bias=None)
-            sizes = weight.shape[-len(axis) :]
-        in_shape = tuple(x.shape[one] for one in checked_axes(x, axis, sizes))
-        made = (
-            in_shape,
-            out_shape,
-            self.param_dtype,
-            checked_sharding("device", self.device),
-        )
-
-        def weight_init(key, *made):
-            return created_weight(self.kernel_init, key, *made)
-
-        def bias_init(key, *made):
-            return created_bias(self.bias_init, key, *made)
-
-        weight = self.param("weight", weight_init, *made)
-        bias = self.param("bias", bias_init, *made) if self.use_bias else None
+        in_shape = _in_shape(x, axis, weight)
+        inits = self.kernel_init, self.bias_init
+        drawing = Drawing(*inits, in_shape, out_shape, self.param_dtype, self.device)
+        weight = self.param("weight", drawing.weight)
+        bias = self.param("bias", drawing.bias) if self.use_bias else None
         return linear_over_axes(
             x,
             weight,
@@ -200,17 +178,31 @@ class Linear(nn.Module):
         )
 
 
+def _in_shape(x, axis, weight):
+    """The sizes of the axes of x that are contracted.
+
+    Flax would refuse a weight with other sizes without naming `x`.
+    """
+    check_input(x)
+    sizes = None
+    if weight is not None:
+        if axis == (-1,) and weight.ndim == 2:
+            check_shapes(x, weight, bias=None)
+        sizes = weight.shape[-len(axis) :]
+    return tuple(x.shape[one] for one in checked_axes(x, axis, sizes))
+
+
 def _lecun_normal(key, shape, dtype=jnp.float32):
-    """Flax's own cannot be pickled."""
+    """As Flax's own, which cannot be pickled."""
     return nn.initializers.lecun_normal()(key, shape, dtype)
 
 
 class Dense(Linear):
     """:class:`Linear` with the name and the initial values of ``flax.linen.Dense``.
 
-    Linen calls a layer without a name by its class, ``Dense_0``. So a model whose
-    ``flax.linen.Dense`` became this one has the paths of its old checkpoints, which
-    :func:`convert_tree` then makes its own.
+    Linen names a layer by its class, ``Dense_0``. So a model in which this class
+    replaces ``flax.linen.Dense`` keeps the paths of its old checkpoints, and
+    :func:`convert_tree` converts these.
 
     Attributes:
       kernel_init: as in :class:`Linear`. Default: LeCun normal.
@@ -249,16 +241,16 @@ class DenseGeneral(Dense):
         )
 
 
-def layers_of(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Axes]:
+def layers_of(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, AxisCounts]:
     """Our layers in ``model``, by path, with their numbers of axes.
 
-    That is what :func:`convert_tree`, :func:`revert_tree` and :func:`dimension_numbers`
-    take.
+    :func:`convert_tree`, :func:`revert_tree` and :func:`dimension_numbers` take the
+    result as their ``layers``.
 
     Args:
       model: a model.
-      *args: those of ``model.init``: random keys and an input. Nothing is computed.
-      **kwargs: likewise.
+      *args: what ``model.init`` takes, random keys and an input. Nothing is computed.
+      **kwargs: keywords of ``model.init``.
 
     Returns:
       A dict from dotted paths to how many input and output axes a weight has.
@@ -269,18 +261,18 @@ def layers_of(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Axes]:
       >>> from jaxlinear.linen import Linear, layers_of
       >>> model = nn.Sequential([Linear((2, 4)), nn.relu])
       >>> layers_of(model, jax.random.key(0), jnp.ones((1, 3)))
-      {'layers_0': Axes(inputs=1, outputs=2)}
+      {'layers_0': AxisCounts(inputs=1, outputs=2)}
     """
-    found: dict[str, Axes] = {}
+    counts: dict[str, AxisCounts] = {}
 
     def noted(call, args, kwargs, context):
         layer = context.module
         if isinstance(layer, Linear):
-            found[".".join(layer.path)] = axes_of(layer.axis, layer.features)
+            counts[".".join(layer.path)] = axis_counts(layer.axis, layer.features)
         return call(*args, **kwargs)
 
     with nn.intercept_methods(noted):
         variables = jax.eval_shape(lambda: model.init(*args, **kwargs))
     # A lifted layer is called twice, the second time without a path.
-    _, missing = with_kernels(variables, found)
-    return {path: axes for path, axes in found.items() if path not in missing}
+    _, missing = with_kernels(variables, counts)
+    return {path: counts[path] for path in counts if path not in missing}

@@ -17,14 +17,14 @@ import jax.numpy as jnp
 
 from jaxlinear import (
     Products,
-    _arguments,
     _cpu,
     _formulas,
     _linear,
     _linear_map,
-    _parameters,
     _product,
+    _product_checks,
 )
+from jaxlinear._flax import layout
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -96,7 +96,9 @@ FAN = "test_swap.py::test_initializers_see_the_kernel_and_so_the_right_fan"
 def completed_otherwise(change):
     """Replace what a layer makes of the products that it is asked for."""
     replace(
-        _arguments, "completed", lambda right: lambda *a: Products(*change(*right(*a)))
+        _product_checks,
+        "with_defaults",
+        lambda right: lambda *a: Products(*change(*right(*a))),
     )
 
 
@@ -174,7 +176,7 @@ def _():
 
         return completed
 
-    replace(_arguments, "completed", ignored)
+    replace(_product_checks, "with_defaults", ignored)
 
 
 @mutant(
@@ -229,4 +231,4 @@ def _():
     def reshaped(right):
         return lambda kernel, axes: kernel.reshape(kernel.shape[::-1])
 
-    replace(_parameters, "weight_of", reshaped)
+    replace(layout, "kernel_to_weight", reshaped)

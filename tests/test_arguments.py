@@ -332,7 +332,7 @@ REFUSED = {
         {"products": Products(forward=ALTERNATIVE_FLOAT16.weight_grad)},
         ValueError,
         "`products.forward.dtype` must be a dtype, got alternative_float16, which ROCm"
-        " has for gradients alone",
+        " has only for gradients",
     ),
     "8 bits of which one operand has two": (
         (X, W, B),

@@ -201,14 +201,14 @@ def test_what_has_its_own_way_to_a_product_is_left_alone_and_reported():
         "general": "it has a batch_axis",
         "lora": "LoRALinear is a subclass",
         "marked": "it has an attribute of its own: mask",
-        "narrow": "its preferred_element_type is no wider than its dtype",
+        "narrow": "its preferred_element_type is not wider than its dtype",
         "normed.layer_instance": "it is inside of WeightNorm",
         "product": "it has a dot_general",
         "promotion": "it has a promote_dtype",
         "spectral.layer_instance": "it is inside of SpectralNorm",
         "subclass": "Own is a subclass",
-        "tied": "its kernel is reader.0, too",
-        "whole": "its param_dtype is no floating dtype",
+        "tied": "its kernel is also reader.0",
+        "whole": "its param_dtype is not a floating dtype",
         "undecided": "it has a preferred_element_type and no dtype",
         "unscaled": "its dtype has fewer than 16 bits, and no scale",
     }
@@ -617,7 +617,7 @@ def of(transformation, wrt=nnx.Param, width=4):
     return convert, model, nnx.Optimizer(model, transformation, wrt=wrt)
 
 
-BELONGS = "`optimizer` must be that of `model`"
+BELONGS = "`optimizer` must belong to `model`"
 CONVERTED = "`optimizer` must have a state that can be converted: it would have shape"
 OPTIMIZERS_REFUSED = {
     "another width": (

@@ -17,7 +17,7 @@ from oracle import naive, random_array
 
 nn = pytest.importorskip("flax.linen")
 
-from jaxlinear._parameters import _device  # noqa: E402
+from jaxlinear._flax.parameters import _device  # noqa: E402
 from jaxlinear.linen import (  # noqa: E402
     Dense,
     DenseGeneral,

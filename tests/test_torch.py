@@ -18,9 +18,8 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
 import jaxlinear.linen
-from jaxlinear import _state_dicts
 from jaxlinear.nnx import Linear
-from jaxlinear.torch import LeftOut, load, save
+from jaxlinear.torch import LeftOut, _files, load, save
 
 DTYPES = ["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"]
 
@@ -691,7 +690,7 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkey
         file.write_bytes(b"half of ")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(_state_dicts, "_write_safetensors", full_disk)
+    monkeypatch.setattr(_files, "_write_safetensors", full_disk)
     for file in KINDS:
         with pytest.raises(OSError, match="no space"):
             save(model, tmp_path / file)
@@ -779,7 +778,7 @@ def test_a_folder_is_refused_with_a_file_in_it(tmp_path):
 
 
 def test_a_sharded_file_has_shards_and_replaces_those_before(tmp_path, monkeypatch):
-    monkeypatch.setattr(_state_dicts, "_SHARD_BYTES", 80)
+    monkeypatch.setattr(_files, "_SHARD_BYTES", 80)
     index = tmp_path / "model.safetensors.index.json"
     load(model := model_of(), state := random_state())
     for _ in range(2):

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlinear._arguments import checked_products
 from jaxlinear._linear import linear
 from jaxlinear._product import FLOAT8, INT8, Product, Products, accumulator_dtype
+from jaxlinear._product_checks import checked_products
 
 ROWS = FEATURES = 512
 QUANTITIES = "Y", "∇X", "∇W", "∇B"

@@ -1,42 +1,28 @@
-"""A Flax model with our layers in the place of its own, and the way back."""
+"""A Flax model with our layers instead of Flax's, and the way back."""
 
 import functools
 import inspect
 import re
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from flax.nnx.nn.dtypes import promote_dtype
 from jax import lax
-from jax.tree_util import keystr
 
-from jaxlinear._arguments import (
-    ARRAYS,
-    check_model,
-    check_module,
-    check_not_flat,
-    check_optimizer,
-    check_state_belongs,
-    check_state_goes_on,
-    checked_products,
-    differing,
-    refuse_unstarted,
+from jaxlinear._checks import ARRAYS
+from jaxlinear._flax.layout import (
+    AxisCounts,
+    axis_counts,
+    kernel_to_weight,
+    weight_to_kernel,
 )
-from jaxlinear._kernels import (
-    Axes,
-    axes_of,
-    in_state,
-    kernel_of,
-    weight_of,
-    with_kernels,
-    with_weights,
-)
+from jaxlinear._flax.trees import dotted, with_kernels, with_weights
 from jaxlinear._product import Product, Products
-from jaxlinear.nnx._linear import Linear
+from jaxlinear._product_checks import checked_products
+from jaxlinear.nnx._module import Linear
+from jaxlinear.nnx._optimizer import exchanged_state
 
 
 class Report(NamedTuple):
@@ -46,11 +32,11 @@ class Report(NamedTuple):
       converted: the path of each layer that was replaced, with how many input and
         output axes its kernel has, as ``jaxlinear.nnx.convert_tree`` takes them.
       left_alone: the path of each linear layer that was not replaced, and why.
-      lost: the path of each replaced layer that could not keep all that it said, and
-        what it lost. Only Flax's layer can lose something: ``products``.
+      lost: the path of each replaced layer that lost a setting, and which. Only
+        :func:`revert` can lose one: ``products``.
     """
 
-    converted: dict[str, Axes]
+    converted: dict[str, AxisCounts]
     left_alone: dict[str, str]
     lost: dict[str, str]
 
@@ -62,7 +48,7 @@ class Report(NamedTuple):
         }
         lines = []
         for title, entries in parts.items():
-            # Layers of a list are one line.
+            # The layers of a list are one line.
             alike = Counter(re.sub(r"\b\d+\b", "*", entry) for entry in entries)
             lines += [f"{title} ({len(entries)}):"] if entries else []
             lines += [
@@ -73,40 +59,40 @@ class Report(NamedTuple):
 
 
 def convert(model: nnx.Module, optimizer: nnx.Optimizer[Any] | None = None) -> Report:
-    """Put our layer in the place of every linear layer of Flax in ``model``.
+    """Replace Flax's linear layers in ``model`` by ours.
 
-    It replaces each ``nnx.Linear`` and ``nnx.LinearGeneral``, the projections of
-    ``nnx.MultiHeadAttention`` among them, in place and by value: the kernel becomes the
-    weight, to the bit, with its sharding, its metadata and whatever kind of variable it
-    is; the bias is the same variable; ``dtype``, ``param_dtype``, ``precision`` and
-    ``preferred_element_type`` mean what they did. Shared layers stay shared, stacked
-    ones stacked. The output is Flax's within rounding: the terms of a product may be
-    added in another order, and a low-precision result is rounded once.
+    Each ``nnx.Linear`` and ``nnx.LinearGeneral`` is replaced in place, also those in an
+    ``nnx.MultiHeadAttention``. The kernel becomes the weight, equal to the bit, with
+    its sharding, its metadata and its type of variable. The bias is the same variable.
+    ``dtype``, ``param_dtype``, ``precision`` and ``preferred_element_type`` mean what
+    they did. Shared layers stay shared, stacked ones stacked. The output is Flax's
+    within rounding: the terms of a product may be added in another order, and a
+    low-precision result is rounded once.
 
-    Left alone, and reported, is what has an own way to its product: subclasses, among
-    them ``nnx.LoRALinear``; what is inside of ``nnx.LoRA``, ``nnx.WeightNorm`` or
-    ``nnx.SpectralNorm``, which look for a kernel; layers with a ``dot_general``, a
-    ``promote_dtype`` or a ``batch_axis``; ``nnx.Einsum``; a layer whose kernel
-    something else reads, too.
+    Layers that compute their product in another way are left alone and reported:
+    subclasses, such as ``nnx.LoRALinear``; layers inside of ``nnx.LoRA``,
+    ``nnx.WeightNorm`` or ``nnx.SpectralNorm``, which look for a kernel; layers with a
+    ``dot_general``, a ``promote_dtype`` or a ``batch_axis``; ``nnx.Einsum``; and layers
+    whose kernel something else also reads.
 
     Args:
-      model: a model. A layer that is itself the model has nothing that holds it, and is
-        refused: put it into an ``nnx.Sequential``.
+      model: a model. A single layer is an error, since nothing holds it: put it into an
+        ``nnx.Sequential``.
       optimizer: the optimizer of this model, whose state is converted as well. Its
-        ``tx`` stays: a mask must find ``kernel`` and ``weight`` alike, and Muon must be
-        told of the axes (``dimension_numbers``). One of another model is refused by its
-        paths and shapes; where these are the same, it cannot be told from a copy's. For
-        a plain Optax state there is ``convert_tree(state, report.converted)``.
+        ``tx`` is not changed: a mask must find both ``kernel`` and ``weight``, and Muon
+        needs ``dimension_numbers``. An optimizer of another model is an error if its
+        paths or shapes differ; if they are equal, nothing tells it apart. To convert a
+        plain Optax state use ``convert_tree(state, report.converted)``.
 
     Returns:
-      The report. An error leaves the model and the optimizer as they were.
+      The report. An error changes neither the model nor the optimizer.
 
     Raises:
       TypeError: if ``model`` is not a module or is itself a layer, or ``optimizer`` is
         not an ``nnx.Optimizer``.
-      ValueError: if the state of the optimizer is not one of this model, keeps other
-        axes than the parameters (Adafactor, GaLore, ``optax.flatten``), or would not be
-        the one that ``optimizer.tx`` needs for the converted model.
+      ValueError: if the optimizer's state does not belong to this model, has other axes
+        than the parameters (Adafactor, GaLore, ``optax.flatten``), or would not be one
+        of ``optimizer.tx`` for the converted model.
 
     Example:
       >>> from flax import nnx
@@ -116,28 +102,24 @@ def convert(model: nnx.Module, optimizer: nnx.Optimizer[Any] | None = None) -> R
       converted (1):
         layers.*
     """
-    flax = nnx.Linear, nnx.LinearGeneral, nnx.Einsum
-    plan = _plan(model, flax, "kernel", _why_not_ours)
-    weights = _moved_variables(plan, "kernel", weight_of)
-    made = {id(layer): _ours(layer, weights) for layer, _ in plan.layers.values()}
-    return _carried_out(model, optimizer, plan, made, with_weights)
+    return _exchange(model, optimizer, _TO_OURS)
 
 
 def revert(model: nnx.Module, optimizer: nnx.Optimizer[Any] | None = None) -> Report:
-    """Put Flax's layers back in the place of ours: the inverse of :func:`convert`.
+    """Replace our layers in ``model`` by Flax's: the inverse of :func:`convert`.
 
-    The parameters are equal to the bit to what they were. A layer of one input and one
-    output axis becomes an ``nnx.Linear``, one with tuples an ``nnx.LinearGeneral``.
-    ``products`` that Flax's layers have no argument for are lost, and reported.
+    The parameters are equal to the bit. A layer with numbers of features and the last
+    axis becomes an ``nnx.Linear``, any other an ``nnx.LinearGeneral``. ``products``
+    that Flax's layers have no argument for are lost, and reported.
 
     Args:
-      model: a model with layers of ours. Subclasses are left alone, and what is inside
-        of ``nnx.LoRA``, ``nnx.WeightNorm`` or ``nnx.SpectralNorm``.
+      model: a model with layers of ours. Subclasses and layers inside of ``nnx.LoRA``,
+        ``nnx.WeightNorm`` or ``nnx.SpectralNorm`` are left alone.
       optimizer: as in :func:`convert`. For a plain Optax state there is
         ``revert_tree(state, report.converted)``.
 
     Returns:
-      The report. An error leaves the model and the optimizer as they were.
+      The report. An error changes neither the model nor the optimizer.
 
     Raises:
       TypeError, ValueError: as in :func:`convert`.
@@ -152,98 +134,126 @@ def revert(model: nnx.Module, optimizer: nnx.Optimizer[Any] | None = None) -> Re
       lost (1):
         layers.*: products
     """
-    plan = _plan(model, (Linear,), "weight", _why_not_flax)
-    kernels = _moved_variables(plan, "weight", kernel_of)
-    made, lost = {}, {}
-    for path, (layer, _) in plan.layers.items():
-        made[id(layer)], is_all = _flax(layer, kernels)
-        if not is_all:
-            lost[path] = "products"
-    return _carried_out(model, optimizer, plan, made, with_kernels, lost)
+    return _exchange(model, optimizer, _TO_FLAX)
 
 
 def layers_of(
     model: nnx.Module, kinds: type | tuple[type, ...] = Linear
-) -> dict[str, Axes]:
+) -> dict[str, AxisCounts]:
     """The linear layers in ``model``, by path, with their numbers of axes.
 
-    That is what ``convert_tree``, ``revert_tree`` and ``dimension_numbers`` take for a
-    model that was written with our layer, and so has no report.
+    ``convert_tree``, ``revert_tree`` and ``dimension_numbers`` take the result as their
+    ``layers``. A model that was written with our layer has no report to take them from.
 
     Args:
       model: a model.
       kinds: the layers to look for. Default: ours, and its subclasses. ``nnx.Linear``
-        and ``nnx.LinearGeneral`` are possible, too.
+        and ``nnx.LinearGeneral`` are also possible.
 
     Returns:
       A dict from dotted paths to how many input and output axes a weight has.
 
     Raises:
-      TypeError: if ``model`` is no module.
+      TypeError: if ``model`` is not a module.
 
     Example:
       >>> from flax import nnx
       >>> import jaxlinear.nnx
       >>> layer = jaxlinear.nnx.Linear(8, (2, 4), rngs=nnx.Rngs(0))
       >>> jaxlinear.nnx.layers_of(nnx.Sequential(layer, nnx.relu))
-      {'layers.0': Axes(inputs=1, outputs=2)}
+      {'layers.0': AxisCounts(inputs=1, outputs=2)}
     """
-    check_module(model)
+    _check_module(model)
     return {
-        _dotted(path): axes_of(node.in_features, node.out_features)
+        dotted(path): axis_counts(node.in_features, node.out_features)
         for path, node in nnx.iter_graph(model)
         if isinstance(node, kinds)
     }
 
 
-# What is exchanged, and what is not.
+# What Flax does not document.
+
+_PROMOTE_DTYPE = (
+    inspect.signature(nnx.Linear.__init__).parameters["promote_dtype"].default
+)
 
 
-# What looks for a parameter of the layer inside of it.
+def _attributes(node):
+    """The attributes of a module, without Flax's own."""
+    names = [name for name in vars(node) if not name.startswith("_pytree__")]
+    return {name: vars(node)[name] for name in names}
+
+
+# Which layers are exchanged.
+
+
+# They look for a parameter of the layer inside of them.
 _WRAPPERS = nnx.LoRA, nnx.WeightNorm, nnx.SpectralNorm
 
 
 class _Plan(NamedTuple):
-    layers: dict[str, tuple[Any, Axes]]
+    """The layers to exchange, with their axes, and why others are left alone."""
+
+    layers: dict[str, tuple[Any, AxisCounts]]
     left_alone: dict[str, str]
 
 
-def _plan(model, kinds, parameter, why_not):
-    """The layers of these kinds in ``model``, by path, that may be exchanged."""
-    check_model(model, kinds)
+def _plan(model, direction):
+    _check_module(model)
+    if isinstance(model, direction.kinds):
+        raise TypeError(
+            "`model` must be what holds the layers, got one that nothing holds, a"
+            f" {type(model).__name__}: put it into an nnx.Sequential"
+        )
     nodes = dict(nnx.iter_graph(model))  # Each node once.
-    found = {_dotted(p): node for p, node in nodes.items() if isinstance(node, kinds)}
-    wrapped_by = {
-        id(inner): type(node).__name__
-        for node in nodes.values()
-        if isinstance(node, _WRAPPERS)
-        for _, inner in nnx.iter_graph(node)
-    }
-    left_alone = {}
-    for path, layer in found.items():
-        wrapper = wrapped_by.get(id(layer))
-        why = f"it is inside of {wrapper}" if wrapper else why_not(layer)
-        if why:
-            left_alone[path] = why
-    exchanged = {id(layer) for path, layer in found.items() if path not in left_alone}
-    read_at = {
-        id(child): _dotted((*path, name))
-        for path, node in nodes.items()
-        if id(node) not in exchanged
-        for name, child in _children(node)
-    }
-    layers = {}
-    for path, layer in found.items():
-        if path in left_alone:
-            continue
-        variable = getattr(layer, parameter)
+    wrapper_of = _wrappers(nodes.values())
+    candidates, left_alone = {}, {}
+    for path, node in nodes.items():
+        if isinstance(node, direction.kinds):
+            wrapper = wrapper_of.get(id(node))
+            why = f"it is inside of {wrapper}" if wrapper else direction.why_not(node)
+            if why:
+                left_alone[dotted(path)] = why
+            else:
+                candidates[dotted(path)] = node
+    name, layers = direction.parameter, {}
+    read_at = _read_at(nodes, candidates.values())
+    for path, layer in candidates.items():
+        variable = getattr(layer, name)
         if id(variable) in read_at:
-            left_alone[path] = f"its {parameter} is {read_at[id(variable)]}, too"
+            left_alone[path] = f"its {name} is also {read_at[id(variable)]}"
         elif not isinstance(variable.get_value(), ARRAYS):
-            left_alone[path] = f"its {parameter} is no array"
+            left_alone[path] = f"its {name} is not an array"
         else:
-            layers[path] = layer, axes_of(layer.in_features, layer.out_features)
+            layers[path] = layer, axis_counts(layer.in_features, layer.out_features)
     return _Plan(layers, dict(sorted(left_alone.items())))
+
+
+def _check_module(model):
+    if not isinstance(model, nnx.Module):
+        got = type(model).__name__
+        raise TypeError(f"`model` must be a flax.nnx.Module, got {got}")
+
+
+def _wrappers(nodes):
+    """The name of the wrapper around each node that is inside of one, by its id."""
+    wrapper_of = {}
+    for node in nodes:
+        if isinstance(node, _WRAPPERS):
+            for _, inner in nnx.iter_graph(node):
+                wrapper_of[id(inner)] = type(node).__name__
+    return wrapper_of
+
+
+def _read_at(nodes, layers):
+    """Where the model holds an object, by its id, except inside of these layers."""
+    ids = {id(layer) for layer in layers}
+    read_at = {}
+    for path, node in nodes.items():
+        if id(node) not in ids:
+            for name, child in _children(node):
+                read_at[id(child)] = dotted((*path, name))
+    return read_at
 
 
 def _why_not_ours(layer):
@@ -255,7 +265,7 @@ def _why_not_ours(layer):
         return f"{kind.__name__} is a subclass"
     if layer.dot_general not in (None, lax.dot_general):
         return "it has a dot_general"
-    if layer.promote_dtype is not promote_dtype:
+    if layer.promote_dtype is not _PROMOTE_DTYPE:
         return "it has a promote_dtype"
     if kind is nnx.LinearGeneral and layer.dot_general_cls is not None:
         return "it has a dot_general_cls"
@@ -264,11 +274,10 @@ def _why_not_ours(layer):
     for name in "dtype", "param_dtype":
         dtype = getattr(layer, name)
         if dtype is not None and not jnp.issubdtype(dtype, jnp.inexact):
-            return f"its {name} is no floating dtype"
-    own = vars(layer).keys() - inspect.signature(kind.__init__).parameters.keys()
-    own -= {"kernel", "bias", "_pytree__state", "_pytree__nodes"}
-    if own:
-        return f"it has an attribute of its own: {', '.join(sorted(own))}"
+            return f"its {name} is not a floating dtype"
+    known = {*inspect.signature(kind.__init__).parameters, "kernel", "bias"}
+    if unknown := _attributes(layer).keys() - known:
+        return f"it has an attribute of its own: {', '.join(sorted(unknown))}"
     preferred = layer.preferred_element_type or layer.dtype
     if preferred is not None and jnp.finfo(preferred).bits < 16:
         return "its dtype has fewer than 16 bits, and no scale"
@@ -280,7 +289,7 @@ def _why_not_ours(layer):
     if layer.dtype is None:
         return "it has a preferred_element_type and no dtype"
     if preferred.itemsize <= jnp.dtype(layer.dtype).itemsize:
-        return "its preferred_element_type is no wider than its dtype"
+        return "its preferred_element_type is not wider than its dtype"
     return None
 
 
@@ -289,21 +298,11 @@ def _why_not_flax(layer):
     return None if type(layer) is Linear else f"{type(layer).__name__} is a subclass"
 
 
-# The layers themselves. They are made without values: the variables are moved in.
-
-
-def _moved_variables(plan, parameter, move):
-    """The variable in the place of each one, by its id: a shared one stays shared."""
-    variables = {}
-    for layer, axes in plan.layers.values():
-        old = getattr(layer, parameter)
-        if id(old) not in variables:
-            variables[id(old)] = move(old, axes)
-    return variables
+# The layers themselves. They are made without values, and given their variables.
 
 
 def _without_values(kind: Any, layer, **options):
-    """A layer of this kind, with what ``layer`` says in the words of both."""
+    """A layer of this kind, with the settings that both kinds have from ``layer``."""
     return nnx.eval_shape(
         lambda: kind(
             layer.in_features,
@@ -318,37 +317,38 @@ def _without_values(kind: Any, layer, **options):
 
 
 def _ours(layer, weights):
-    dtype, products = _of_preferred(layer.dtype, layer.preferred_element_type)
+    """Our layer instead of Flax's, and what it loses: nothing."""
+    dtype, products = _dtype_and_products(layer.dtype, layer.preferred_element_type)
     axis = getattr(layer, "axis", -1)
-    options = {"axis": axis, "dtype": dtype, "products": products}
-    ours = _without_values(Linear, layer, **options)
+    ours = _without_values(Linear, layer, axis=axis, dtype=dtype, products=products)
     ours.weight, ours.bias = weights[id(layer.kernel)], layer.bias
-    return ours
+    return ours, None
 
 
 def _flax(layer, kernels):
-    """Flax's layer, and whether it says all that ours does."""
+    """Flax's layer instead of ours, and what it loses: ``"products"``, or None."""
     dtype, preferred = layer.dtype, None
-    operand = layer.products and layer.products.forward.dtype
+    operand = layer.products.forward.dtype
     if operand is not None and not isinstance(operand, tuple):
         dtype, preferred = operand, layer.dtype
-    full_dtype, products = _of_preferred(dtype, preferred)
-    products = checked_products(products, None, full_dtype)
-    is_all = (full_dtype, products) == (layer.dtype, layer.products)
-    if not is_all:
-        dtype, preferred = layer.dtype, None
+    # Would that layer be converted to this one?
+    converted, products = _dtype_and_products(dtype, preferred)
+    products = checked_products(products, None, converted)
+    lost = None
+    if (converted, products) != (layer.dtype, layer.products):
+        dtype, preferred, lost = layer.dtype, None, "products"
     kind, options = nnx.Linear, {"dtype": dtype, "preferred_element_type": preferred}
     if isinstance(layer.in_features, tuple) or layer.axis != -1:
         kind, options = nnx.LinearGeneral, options | {"axis": layer.axis}
     flax = _without_values(kind, layer, **options)
     flax.kernel, flax.bias = kernels[id(layer.weight)], layer.bias
-    return flax, is_all
+    return flax, lost
 
 
-def _of_preferred(dtype, preferred):
-    """Our ``dtype`` and ``products`` for what Flax's layer says of all its products.
+def _dtype_and_products(dtype, preferred):
+    """Our layer's, for a ``dtype`` and ``preferred_element_type`` of Flax's.
 
-    Y is in the preferred dtype, and the operands of all three products are not.
+    Y is in the preferred dtype, the operands of all three products in ``dtype``.
     """
     if dtype is None or preferred is None or jnp.dtype(preferred) == jnp.dtype(dtype):
         return dtype, None
@@ -359,107 +359,69 @@ def _of_preferred(dtype, preferred):
 # The model.
 
 
-def _carried_out(model, optimizer, plan, made, exchange, lost=None):
-    converted = {path: axes for path, (_, axes) in plan.layers.items()}
+class _Direction(NamedTuple):
+    """From Flax's layers to ours, or back.
+
+    Attributes:
+      kinds: the old layers.
+      parameter: the name of their kernel or weight.
+      why_not: says why a layer is left alone, or None.
+      swap: makes the new kernel or weight from the old one.
+      new_layer: makes the new layer from the old one and all new kernels or weights, by
+        the ids of the old ones. It also returns what is lost, or None.
+      convert_tree: does the same in a tree.
+    """
+
+    kinds: tuple[type, ...]
+    parameter: str
+    why_not: Callable[..., str | None]
+    swap: Callable[..., Any]
+    new_layer: Callable[..., tuple[Any, str | None]]
+    convert_tree: Callable[..., Any]
+
+
+_FLAX = nnx.Linear, nnx.LinearGeneral, nnx.Einsum
+_TO_OURS = _Direction(
+    _FLAX, "kernel", _why_not_ours, kernel_to_weight, _ours, with_weights
+)
+_TO_FLAX = _Direction(
+    (Linear,), "weight", _why_not_flax, weight_to_kernel, _flax, with_kernels
+)
+
+
+def _exchange(model, optimizer, direction):
+    plan = _plan(model, direction)
+    variables = {}
+    for layer, counts in plan.layers.values():
+        old = getattr(layer, direction.parameter)
+        if id(old) not in variables:  # A shared one stays shared.
+            variables[id(old)] = direction.swap(old, counts)
+    new_layers, lost = {}, {}
+    for path, (layer, _) in plan.layers.items():
+        new_layers[id(layer)], loss = direction.new_layer(layer, variables)
+        if loss:
+            lost[path] = loss
+    converted = {path: counts for path, (_, counts) in plan.layers.items()}
     if optimizer is not None:
-        state = _exchanged_state(model, optimizer, converted, exchange)
+        state = exchanged_state(model, optimizer, converted, direction.convert_tree)
         optimizer.opt_state = nnx.data(state)
-    _exchange(model, made, set())
-    return Report(converted, plan.left_alone, lost or {})
+    _replaced(model, new_layers, set())
+    return Report(converted, plan.left_alone, lost)
 
 
-def _exchanged_state(model, optimizer, converted, exchange):
-    """The optimizer's state for the exchanged layers, or an error that says why not.
-
-    Flax's optimizers do not know their model. But a state has the paths and shapes with
-    which its transformation starts: before, for the model as it is, and afterwards for
-    the model as it will be.
-    """
-    check_optimizer(optimizer, model)
-    variables, state = nnx.state(model), optimizer.opt_state
-    parameters = nnx.filter_state(variables, optimizer.wrt)
-    # An optimizer may have been stacked with its model, and a vector be a number then.
-    for stacked in range(_shared_axes(parameters) + 1):
-        initial = _initial(optimizer, variables, stacked)
-        if not differing(_shapes(state), _shapes(initial)):
-            break
-    else:
-        stacked, initial = 0, _initial(optimizer, variables, 0)
-    check_state_belongs(_shapes(state), _shapes(initial))
-    check_not_flat(_shapes(state), [np.shape(p) for p in jax.tree.leaves(parameters)])
-    state, _ = exchange(state, converted, "optimizer")
-    variables, _ = exchange(variables, converted)
-    try:
-        initial = _initial(optimizer, variables, stacked)
-    except Exception as error:
-        refuse_unstarted(error)
-    check_state_goes_on(_shapes(state), _shapes(initial))
-    return state
-
-
-def _initial(optimizer, variables, stacked):
-    """The state with which the optimizer would start, without values."""
-    init = optimizer.tx.init
-    for _ in range(stacked):
-        init = jax.vmap(init)
-    parameters = nnx.filter_state(variables, optimizer.wrt)
-    try:
-        return jax.eval_shape(init, _mapped(_without_sharding, parameters))
-    except (
-        jax.errors.ConcretizationTypeError,
-        jax.errors.TracerArrayConversionError,
-        jax.errors.TracerIntegerConversionError,
-    ):
-        return init(parameters)  # It looks at values.
-
-
-def _without_sharding(variable):
-    value = variable.get_value()
-    return variable.replace(jax.ShapeDtypeStruct(value.shape, value.dtype))
-
-
-def _mapped(function, tree):
-    """``tree`` with what the function makes of each variable."""
-    return jax.tree.map(
-        lambda leaf: function(leaf) if isinstance(leaf, nnx.Variable) else leaf,
-        tree,
-        is_leaf=lambda node: isinstance(node, nnx.Variable),
-    )
-
-
-def _shapes(state):
-    """The shapes in an optimizer's state, and in what part of it, by their paths.
-
-    Of names alone: Flax puts mappings into a state where there were lists and tuples.
-    """
-    held = _mapped(nnx.Variable.get_value, state)
-    return {
-        keystr(path, simple=True, separator="."): (np.shape(leaf), in_state(held, path))
-        for path, leaf in jax.tree.leaves_with_path(held)
-    }
-
-
-def _shared_axes(parameters):
-    """How many leading axes all have, with the same sizes."""
-    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(parameters)]
-    sizes = [len(set(axis)) == 1 for axis in zip(*shapes, strict=False)]
-    return (*sizes, False).index(False)
-
-
-def _exchange(node, made, seen):
-    """``node``, changed in place, or what is made to stand in its place."""
-    if id(node) in made:
-        return made[id(node)]
+def _replaced(node, new_layers, seen):
+    """``node`` with its layers replaced in place, or the new layer if it is one."""
+    if id(node) in new_layers:
+        return new_layers[id(node)]
     if id(node) in seen:
         return node
     seen.add(id(node))
     children = dict(_children(node))
-    new = {name: _exchange(child, made, seen) for name, child in children.items()}
+    new = {name: _replaced(child, new_layers, seen) for name, child in children.items()}
     changed = {name: new[name] for name in new if new[name] is not children[name]}
     if isinstance(node, tuple) and changed:
-        # A named tuple takes them one by one.
-        items = (*new.values(),)
-        return items if type(node) is tuple else type(node)(*items)
+        # A named tuple is made from its items, one by one.
+        return tuple(new.values()) if type(node) is tuple else type(node)(*new.values())
     is_plain = isinstance(node, (list, dict))
     put: Any = node.__setitem__ if is_plain else functools.partial(setattr, node)
     for name, child in changed.items():
@@ -474,9 +436,4 @@ def _children(node):
         return node.items()
     if not isinstance(node, nnx.Pytree):
         return ()
-    names = [name for name in vars(node) if not name.startswith("_pytree__")]
-    return [(name, vars(node)[name]) for name in names]
-
-
-def _dotted(path):
-    return ".".join(map(str, path))
+    return _attributes(node).items()

@@ -21,24 +21,22 @@ from mutants import (
 )
 
 from jaxlinear import (
-    _arguments,
     _by_platform,
+    _checks,
     _cpu,
     _formulas,
-    _kernels,
     _levels,
     _linear,
     _open,
-    _parameters,
     _plain,
+    _product_checks,
     _quantized,
     _sharding,
-    _state_dicts,
-    torch,
 )
+from jaxlinear._flax import checks, layout, parameters, trees
 from jaxlinear.inspect import _accuracy, _hlo
-from jaxlinear.nnx import _convert
-from jaxlinear.nnx import _linear as _nnx_linear
+from jaxlinear.nnx import _convert, _module, _optimizer
+from jaxlinear.torch import _files, _matching, _names
 
 MUTANTS = {}
 mutant = functools.partial(mutants.mutant, mutants=MUTANTS)
@@ -115,7 +113,7 @@ def _():
     "test_products.py::test_default_precision_is_that_under_which_the_call_is_made",
 )
 def _():
-    replace(_arguments, "_default_precision", lambda right: lambda: None)
+    replace(_product_checks, "_default_precision", lambda right: lambda: None)
 
 
 @mutant(
@@ -427,7 +425,7 @@ def _():
 
 @mutant("shapes that are not checked", "test_arguments.py")
 def _():
-    replace(_arguments, "check_shapes", lambda right: lambda *a: None)
+    replace(_checks, "check_shapes", lambda right: lambda *a: None)
 
 
 @mutant(
@@ -442,7 +440,7 @@ def _():
 
         return compute_dtype
 
-    replace(_arguments, "compute_dtype", promoted)
+    replace(_checks, "compute_dtype", promoted)
 
 
 @mutant(
@@ -450,7 +448,7 @@ def _():
     "test_arguments.py::test_whatever_jax_numpy_takes_for_an_array_is_one",
 )
 def _():
-    replace(_arguments, "checked_arrays", lambda right: lambda *arrays: arrays)
+    replace(_checks, "checked_arrays", lambda right: lambda *arrays: arrays)
 
 
 @mutant(
@@ -459,9 +457,9 @@ def _():
 )
 def _():
     replace(
-        _arguments,
-        "checked_param_dtype",
-        lambda right: lambda dtype: _arguments.checked_dtype("param_dtype", dtype),
+        checks,
+        "_checked_param_dtype",
+        lambda right: lambda dtype: _checks.checked_dtype("param_dtype", dtype),
     )
 
 
@@ -471,12 +469,15 @@ def _():
 @mutant("a kernel drawn with the shape of the weight", FAN)
 def _():
     def drawn(right):
-        def transposed(key, init, *rest):
-            return right(key, lambda k, shape, d: init(k, shape[::-1], d).T, *rest)
+        def transposed(key, drawing):
+            def init(key, shape, dtype):
+                return drawing.kernel_init(key, shape[::-1], dtype).T
+
+            return right(key, drawing._replace(kernel_init=init))
 
         return transposed
 
-    replace(_parameters, "_weight", drawn)
+    replace(parameters, "_weight", drawn)
 
 
 @mutant(
@@ -484,7 +485,7 @@ def _():
     "test_swap.py::test_each_way_to_name_axes_names_those_of_the_kernel",
 )
 def _():
-    replace(_kernels, "_moved_names", lambda right: lambda spec, *order: spec)
+    replace(layout, "_swapped_names", lambda right: lambda spec, *order: spec)
 
 
 INSIDE = "test_parameters.py::test_every_value_is_inside_the_bound_in_every_dtype"
@@ -495,12 +496,12 @@ UNIFORM = "test_parameters.py::test_weight_and_bias_are_uniform"
 
 @mutant("initial values rounded beyond the bound", INSIDE)
 def _():
-    replace_in_library(_parameters, "jnp", clip=lambda right: lambda values, *a: values)
+    replace_in_library(parameters, "jnp", clip=lambda right: lambda values, *a: values)
 
 
 @mutant("initial values with PyTorch's bound squared", UNIFORM)
 def _():
-    replace_in_library(_parameters, "math", sqrt=lambda right: lambda k: k)
+    replace_in_library(parameters, "math", sqrt=lambda right: lambda k: k)
 
 
 @mutant("initial values drawn in the parameter's dtype", UNIFORM)
@@ -510,7 +511,7 @@ def _():
             key, shape, dtype, -bound, bound
         )
 
-    replace(_parameters, "_draw", drawn)
+    replace(parameters, "_draw", drawn)
 
 
 # The switch, the name, and what reads programs.
@@ -690,12 +691,14 @@ LOADED = "test_torch.py::test_what_does_not_fit_is_listed_and_nothing_is_changed
 
 @mutant("a kernel whose input and output axes are read the other way round", CONVERTED)
 def _():
-    replace(_kernels, "weight_of", lambda right: lambda k, axes: right(k, axes[::-1]))
+    replace(
+        layout, "kernel_to_weight", lambda right: lambda k, axes: right(k, axes[::-1])
+    )
 
 
 @mutant("a stack that is moved with the axes of its layers", STACKED)
 def _():
-    replace(_kernels, "_order", lambda right: lambda ndim, *n: tuple(range(ndim))[::-1])
+    replace(layout, "_order", lambda right: lambda ndim, *n: tuple(range(ndim))[::-1])
 
 
 @mutant(
@@ -708,10 +711,10 @@ def _():
             path: layer
             for path in paths
             for names, layer in layer_of.items()
-            if _kernels._names(path)[-len(names) :] == names
+            if trees._names(path)[-len(names) :] == names
         }
 
-    replace(_kernels, "_layers_at", anywhere)
+    replace(trees, "_layers_at", anywhere)
 
 
 @mutant(
@@ -719,7 +722,7 @@ def _():
     "test_several_axes.py::test_a_stack_is_called_under_vmap_and_scan_and_refused_without",
 )
 def _():
-    replace(_nnx_linear, "check_unstacked", lambda right: lambda *_: None)
+    replace(_module, "_check_unstacked", lambda right: lambda *_: None)
 
 
 OPTIMIZER = "test_convert.py::test_an_optimizer_that_does_not_fit_is_refused_and_nothing_is_changed"
@@ -727,12 +730,12 @@ OPTIMIZER = "test_convert.py::test_an_optimizer_that_does_not_fit_is_refused_and
 
 @mutant("an optimizer of another model that is converted", OPTIMIZER)
 def _():
-    replace(_convert, "check_state_belongs", lambda right: lambda *_: None)
+    replace(_optimizer, "_check_state_belongs", lambda right: lambda *_: None)
 
 
 @mutant("a filter of names that finds nothing afterwards", OPTIMIZER)
 def _():
-    replace(_convert, "check_state_goes_on", lambda right: lambda *_: None)
+    replace(_optimizer, "_check_state_goes_on", lambda right: lambda *_: None)
 
 
 @mutant(
@@ -751,7 +754,7 @@ def _():
             for name, tensor in right(source).items()
         }
 
-    replace(torch, "tensors_of", cast)
+    replace(_files, "tensors_of", cast)
 
 
 @mutant(
@@ -759,7 +762,7 @@ def _():
     "test_torch.py::test_square_weights_among_transposed_ones_are_suspected_and_not_loaded",
 )
 def _():
-    replace(torch, "_perhaps_transposed", lambda right: lambda weights: {})
+    replace(_matching, "_perhaps_transposed", lambda right: lambda weights: {})
 
 
 @mutant(
@@ -768,9 +771,9 @@ def _():
 )
 def _():
     def in_order(right):
-        return lambda shape, counts, order, last: torch._Form(shape, last)
+        return lambda shape, counts, order, endings: _names.Form(shape, endings)
 
-    replace(torch, "_form", in_order)
+    replace(_names, "_form", in_order)
 
 
 @mutant(
@@ -778,7 +781,7 @@ def _():
     "test_torch.py::test_a_save_that_fails_leaves_the_old_file_and_nothing_else",
 )
 def _():
-    replace(_state_dicts, "_replace", lambda right: lambda path, write: write(path))
+    replace(_files, "_replace", lambda right: lambda path, write: write(path))
 
 
 @mutant(

@@ -16,7 +16,7 @@ from oracle import (
 )
 
 from jaxlinear import linear
-from jaxlinear._parameters import uniform
+from jaxlinear._flax.parameters import uniform
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "pytorch_linear.npz"
 DTYPES = ["float16", "bfloat16", "float32", "float64", "complex64", "complex128"]

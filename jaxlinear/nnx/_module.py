@@ -12,27 +12,18 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from jaxlinear._arguments import (
-    ArrayLike,
+from jaxlinear._checks import ArrayLike
+from jaxlinear._flax.checks import (
     Integers,
     Placement,
     as_tuple,
-    check_axis_matches,
-    check_initializer,
-    check_unstacked,
-    checked_axis,
-    checked_features,
-    checked_optional_dtype,
-    checked_param_dtype,
-    checked_precision,
-    checked_products,
-    checked_sharding,
+    keep_checked,
     refuse_kernel,
     refuse_others,
 )
-from jaxlinear._axes import linear_over_axes
-from jaxlinear._kernels import axes_of, weight_metadata
-from jaxlinear._parameters import created_bias, created_weight
+from jaxlinear._flax.layout import axis_counts, weight_metadata
+from jaxlinear._flax.parameters import Drawing
+from jaxlinear._flax.several_axes import linear_over_axes
 from jaxlinear._product import Precision, Products
 
 
@@ -40,17 +31,17 @@ class Linear(nnx.Module):
     """Y = X Wᵀ + B over the last axis, with the derivative of :func:`jaxlinear.linear`.
 
     It takes the arguments of ``flax.nnx.Linear``, with the same meaning: initializers
-    and metadata speak of a kernel (in, out). The parameters have PyTorch's names and
+    and metadata refer to a kernel (in, out). The parameters have PyTorch's names and
     layout, ``weight`` (out_features, in_features) and ``bias`` (out_features,), so that
-    a PyTorch state dict loads as it is. What looks for a parameter called ``kernel``
-    must be told of ``weight``: ``nnx.WeightNorm(layer, feature_axes=0,
+    a PyTorch state dict loads as it is. Code that looks for a parameter ``kernel`` must
+    look for ``weight`` instead: ``nnx.WeightNorm(layer, feature_axes=0,
     variable_filter=nnx.PathContains("weight"))``, or ``"weight"`` in the mask of an
     optimizer.
 
-    With a tuple of features it is ``flax.nnx.LinearGeneral``, as in the projections of
-    an attention: ``Linear(64, (8, 8), ...)`` maps ``(*, 64)`` to ``(*, 8, 8)``, and
+    With a tuple of features it is ``flax.nnx.LinearGeneral``, for the projections of an
+    attention: ``Linear(64, (8, 8), ...)`` maps ``(*, 64)`` to ``(*, 8, 8)``, and
     ``Linear((8, 8), 64, axis=(-2, -1), ...)`` back. The weight is (*out_features,
-    *in_features), which is multiplied as the matrix that it is in memory.
+    *in_features); it is multiplied as a matrix, without a copy.
 
     Args:
       in_features: size of the last axis of the input, or of each of its axes ``axis``.
@@ -62,28 +53,28 @@ class Linear(nnx.Module):
         the input and the parameters.
       param_dtype: dtype of the parameters.
       precision: precision of the three products, as in :func:`jaxlinear.linear`.
-      products: what one product has for itself, as in :func:`jaxlinear.linear`.
+      products: overrides for single products, as in :func:`jaxlinear.linear`.
       kernel_init: initializer ``init(key, shape, dtype)`` that draws the transposed
         weight (in_features, out_features), as a matrix where there are several axes.
         Default: U(-√k, √k), k = 1/in_features, as in PyTorch.
       bias_init: initializer of the bias. Default: the same distribution.
       device: a ``jax.Device`` or a ``jax.sharding.Sharding`` where the parameters are
-        created. It shards the weight (out, in); the bias is sharded as the weight's
-        output axes. Name the axes in the metadata then, not by
+        created. A sharding is that of the weight (out, in); the bias is sharded as the
+        weight's output axes. Name the axes in the metadata then, not by
         ``nnx.with_partitioning``.
       rngs: random number generators; the stream ``params`` draws the parameters.
       kernel_metadata: metadata of the weight's ``nnx.Param``. An ``out_sharding`` names
-        the axes (in, out), and is kept as that of the weight's (out, in).
+        the axes (in, out); it is kept in the order of the weight (out, in).
       bias_metadata: metadata of the bias's ``nnx.Param``.
 
     Raises:
       ValueError: if a number of features is negative, ``axis`` has another length than
         ``in_features``, a precision is unknown, or an initializer returns another
         shape.
-      TypeError: if a number of features or an axis is no integer, a dtype is neither
-        floating nor complex, ``device`` is neither a device nor a sharding, an
-        initializer cannot be called, or an argument is one of Flax's that has no place
-        here (``dot_general``, ``promote_dtype``, ``preferred_element_type``,
+      TypeError: if a number of features or an axis is not an integer, a dtype is
+        neither floating nor complex, ``device`` is neither a device nor a sharding, an
+        initializer cannot be called, or an argument of Flax's does not exist here
+        (``dot_general``, ``promote_dtype``, ``preferred_element_type``,
         ``batch_axis``).
 
     Example:
@@ -94,6 +85,17 @@ class Linear(nnx.Module):
       >>> layer(jnp.ones((8, 3))).shape
       (8, 2)
     """
+
+    in_features: int | tuple[int, ...]
+    out_features: int | tuple[int, ...]
+    axis: int | tuple[int, ...]
+    use_bias: bool
+    dtype: np.dtype[Any] | None
+    param_dtype: np.dtype[Any]
+    precision: lax.PrecisionLike
+    products: Products
+    weight: nnx.Param[jax.Array]
+    bias: nnx.Param[jax.Array] | None
 
     def __init__(
         self,
@@ -115,34 +117,34 @@ class Linear(nnx.Module):
         **others: Any,
     ):
         refuse_others(others)
-        self.in_features: int | tuple[int, ...] = checked_features(
-            "in_features", in_features
+        keep_checked(
+            self,
+            in_features=in_features,
+            out_features=out_features,
+            axis=axis,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            precision=precision,
+            products=products,
+            kernel_init=kernel_init,
+            bias_init=bias_init,
+            device=device,
         )
-        self.out_features: int | tuple[int, ...] = checked_features(
-            "out_features", out_features
-        )
-        self.axis: int | tuple[int, ...] = checked_axis(axis)
-        check_axis_matches(self.axis, self.in_features)
-        self.use_bias: bool = use_bias
-        self.dtype: np.dtype[Any] | None = checked_optional_dtype("dtype", dtype)
-        self.param_dtype: np.dtype[Any] = checked_param_dtype(param_dtype)
-        self.precision: lax.PrecisionLike = checked_precision("precision", precision)
-        self.products: Products = checked_products(products, None, self.dtype)
-        check_initializer("kernel_init", kernel_init)
-        check_initializer("bias_init", bias_init)
-        sharding = checked_sharding("device", device)
-
         shapes = as_tuple(self.in_features), as_tuple(self.out_features)
-        made = *shapes, self.param_dtype, sharding
-        weight = created_weight(kernel_init, rngs.params(), *made)
-        metadata = weight_metadata(kernel_metadata, axes_of(*shapes))
-        self.weight: nnx.Param[jax.Array] = nnx.Param(weight, **metadata)
-        self.bias: nnx.Param[jax.Array] | None = nnx.data(None)
+        if len(as_tuple(self.axis)) != len(shapes[0]):
+            raise ValueError(
+                "`axis` must have as many axes as `in_features`, got"
+                f" {self.axis!r} and {self.in_features!r}"
+            )
+        self.use_bias = use_bias
+        drawing = Drawing(kernel_init, bias_init, *shapes, self.param_dtype, device)
+        metadata = weight_metadata(kernel_metadata, axis_counts(*shapes))
+        self.weight = nnx.Param(drawing.weight(rngs.params()), **metadata)
+        self.bias = nnx.data(None)
         if use_bias:
-            bias = created_bias(bias_init, rngs.params(), *made)
-            self.bias = nnx.Param(bias, **bias_metadata)
+            self.bias = nnx.Param(drawing.bias(rngs.params()), **bias_metadata)
 
-    if not TYPE_CHECKING:  # Else every name would be an attribute.
+    if not TYPE_CHECKING:  # For a type checker every name would be an attribute.
 
         def __getattr__(self, name):
             refuse_kernel(self, name)
@@ -167,13 +169,13 @@ class Linear(nnx.Module):
           Y (*, out_features).
 
         Raises:
-          ValueError: if ``x`` does not have the axes that are contracted, or they have
+          ValueError: if ``x`` does not have the axes that are contracted, they have
             other sizes than in_features, or the layer is a stack of layers, which is
             called under ``nnx.vmap`` or ``nnx.scan``.
         """
         weight = self.weight[...]
         bias = None if self.bias is None else self.bias[...]
-        check_unstacked(weight, bias, *axes_of(self.in_features, self.out_features))
+        _check_unstacked(weight, bias, axis_counts(self.in_features, self.out_features))
         return linear_over_axes(
             x,
             weight,
@@ -183,4 +185,24 @@ class Linear(nnx.Module):
             precision=self.precision,
             products=self.products,
             out_sharding=out_sharding,
+        )
+
+
+def _check_unstacked(weight, bias, counts):
+    """Refuse parameters with other axes than the layer's, such as a stack of layers.
+
+    Further axes would be taken for further axes of the input or the output.
+    """
+    shape = weight.shape
+    if len(shape) != sum(counts):
+        raise ValueError(
+            f"`weight` must have {sum(counts)} axes, (*out_features, *in_features), got"
+            f" shape {shape}: a stack of layers is called under `nnx.vmap` or"
+            " `nnx.scan`"
+        )
+    out_shape = shape[: counts.outputs]
+    if bias is not None and bias.shape != out_shape:
+        raise ValueError(
+            f"`bias` must have shape {out_shape}, as the output axes of `weight` of"
+            f" shape {shape}, got shape {bias.shape}"
         )

@@ -1,11 +1,12 @@
 """PyTorch's state dicts, in memory and in files: tensors by name, read when needed.
 
-Nothing that a file says is believed before it was checked: a safetensors file by the
-safetensors package, an index here, and a file of PyTorch's by PyTorch, which unpickles
-nothing but tensors.
+A file is checked before it is believed: a safetensors file by the safetensors package,
+an index here, and a file of PyTorch's by PyTorch, with ``weights_only=True``.
 """
 
 import errno
+import functools
+import importlib
 import io
 import json
 import os
@@ -25,14 +26,14 @@ INDEX = ".safetensors.index.json"
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 _WRITTEN = (".safetensors", INDEX, ".pt", ".pth", ".bin")
 _READ = (*_WRITTEN, ".bin.index.json", ".ckpt")
-_SHARD_BYTES = 5 * 10**9  # As the Hugging Face Hub has them.
+_SHARD_BYTES = 5 * 10**9  # As on the Hugging Face Hub.
 
 
 class Tensor(NamedTuple):
-    """A tensor that was not read yet.
+    """A tensor that has not been read yet.
 
-    ``read()`` is an array in the memory of the file or of PyTorch: a slice of it reads
-    no more than itself. A dtype that NumPy cannot have is a string.
+    ``read()`` returns an array in the memory of the file or of PyTorch: slicing it
+    first reads only the slice. A dtype that NumPy does not have is a string.
     """
 
     shape: tuple[int, ...]
@@ -57,11 +58,11 @@ def tensors_of(source) -> dict[str, Tensor]:
             f"`source` must be a file, got the folder {str(path)!r}{advice}"
         )
     _check_ending("source", path, _READ)
-    return _of_index(path) if path.suffix == ".json" else _of_file(path)
+    return _index_tensors(path) if path.suffix == ".json" else _file_tensors(path)
 
 
-def _of_file(path):
-    return (_of_pytorch_file if path.suffix in PICKLED else _of_safetensors)(path)
+def _file_tensors(path):
+    return (_pickled_tensors if path.suffix in PICKLED else _safetensors_tensors)(path)
 
 
 def _ends(path, endings):
@@ -82,16 +83,16 @@ def _check_ending(name, path, endings):
 def _in_memory(name, value):
     if not isinstance(name, str):
         raise TypeError(f"`source` must have names for its tensors, got {name!r}")
-    torch = sys.modules.get("torch")  # Without it nothing is a tensor of PyTorch.
+    torch = sys.modules.get("torch")  # If nobody has imported it, there is no tensor.
     if torch and isinstance(value, torch.Tensor):
         if type(value).__torch_dispatch__ != torch.Tensor.__torch_dispatch__:
-            # One that stands for tensors elsewhere, or packed in some way.
-            is_whole_elsewhere = hasattr(value, "full_tensor")
+            # Its values are on other processes, or packed in some way.
+            advice = ""
+            if hasattr(value, "full_tensor"):
+                advice = ": pass its `full_tensor()`, which every process must call"
             raise TypeError(
                 f"`source` must have dense tensors with values, got"
-                f" {type(value).__name__} at {name!r}"
-                + is_whole_elsewhere
-                * ": pass its `full_tensor()`, which every process must call"
+                f" {type(value).__name__} at {name!r}{advice}"
             )
         if torch.nn.parameter.is_lazy(value):
             raise TypeError(
@@ -116,7 +117,7 @@ def _in_memory(name, value):
 
 def _numpy_dtype(name: str) -> Any:
     try:
-        return np.dtype(name)  # ml_dtypes has given NumPy those of low precision.
+        return np.dtype(name)  # ml_dtypes adds the dtypes of low precision.
     except TypeError:
         return name
 
@@ -165,17 +166,8 @@ _NAMES_IN_SAFETENSORS = {
 }
 
 
-def _safetensors():
-    try:
-        import safetensors
-    except ModuleNotFoundError as error:
-        message = "this needs safetensors: pip install 'jaxlinear[safetensors]'"
-        raise ModuleNotFoundError(message, name=error.name) from error
-    return safetensors
-
-
-def _of_safetensors(path):
-    safetensors = _safetensors()
+def _safetensors_tensors(path):
+    safetensors = _imported("safetensors")
     try:
         # This checks the header, and that the tensors cover the file without a gap.
         with safetensors.safe_open(path, framework="numpy"):
@@ -183,7 +175,7 @@ def _of_safetensors(path):
     except safetensors.SafetensorError as error:
         message = f"`source` must be a whole safetensors file, got {str(path)!r}"
         raise ValueError(f"{message}: {error}") from error
-    # NumPy has no float8 for the reader of the package, but for ours.
+    # The package does not read float8 into NumPy.
     file = np.memmap(path, np.uint8, "r")
     start = 8 + int(file[:8].view("<u8")[0])
     header = _json(path, bytes(file[8:start]))
@@ -199,14 +191,14 @@ def _of_safetensors(path):
     return {name: tensor(entry) for name, entry in header.items()}
 
 
-def _of_index(path):
+def _index_tensors(path):
     """The tensors of the files beside an index."""
     where, files = _shards(path)
     return {name: files[file][name] for name, file in where.items()}
 
 
 def _shards(path):
-    """In which file an index says that each tensor is, and the tensors of each file."""
+    """The file of each tensor, according to an index, and the tensors of each file."""
     index = _json(path, path.read_bytes())
     where = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(where, dict):
@@ -215,9 +207,9 @@ def _shards(path):
     for file in where.values():
         # Nothing outside of the folder.
         if not isinstance(file, str) or Path(file).name != file:
-            raise _not_an_index(path, f"{file!r} is no name of a file beside it")
+            raise _not_an_index(path, f"{file!r} is not the name of a file beside it")
         if file not in files:
-            files[file] = _of_file(path.parent / file)
+            files[file] = _file_tensors(path.parent / file)
     for name, file in where.items():
         if name not in files[file]:
             raise _not_an_index(path, f"{file} has no tensor {name!r}")
@@ -237,22 +229,22 @@ def _json(path, text) -> Any:
 
 
 def _without_duplicates(pairs):
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name stands there twice")
-    return found
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        raise ValueError("a name occurs twice")
+    return unique
 
 
-def _of_pytorch_file(path):
-    torch = _torch()
-    path.open("rb").close()  # From here on an error is one of what is in the file.
+def _pickled_tensors(path):
+    torch = _imported("torch")
+    path.open("rb").close()  # From here on an error is about the file's content.
     options = {"map_location": "cpu", "weights_only": True}
     try:
         if zipfile.is_zipfile(path):
             _check_archive(path)
             state = torch.load(path, mmap=True, **options)
         else:
-            # From before PyTorch 1.6. No length in it makes bytes in memory read more.
+            # From before PyTorch 1.6. In memory a wrong length cannot read too much.
             state = torch.load(io.BytesIO(path.read_bytes()), **options)
     except Exception as error:  # PyTorch raises whatever the bytes lead it to.
         message = (
@@ -260,7 +252,7 @@ def _of_pytorch_file(path):
         )
         raise ValueError(message) from error
     if path.suffix == ".ckpt" and isinstance(state, Mapping):
-        state = state.get("state_dict", state)  # Lightning's has more beside it.
+        state = state.get("state_dict", state)  # Lightning's files have more.
     if not isinstance(state, Mapping):
         kind = type(state).__name__
         raise ValueError(f"`source` must hold a state dict, got {kind} in {path}")
@@ -268,34 +260,34 @@ def _of_pytorch_file(path):
 
 
 def _check_archive(path):
-    """Refuse bytes that are not those that were written: PyTorch takes them."""
+    """Refuse an archive with other bytes than were written: PyTorch does not check."""
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
             if entry.compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"{entry.filename} is compressed")
-            if entry.CRC:  # PyTorch can be told to write none.
+            if entry.CRC:  # PyTorch can be told not to write it.
                 with archive.open(entry) as file:
                     while file.read(1 << 20):
                         pass
 
 
-def _torch():
+def _imported(package):
+    """A package that reads and writes files, or an error that says how to get it."""
     try:
-        import torch
+        return importlib.import_module(package)
     except ModuleNotFoundError as error:
-        message = "files of PyTorch's need PyTorch: pip install torch"
+        message = f"this file needs {package}: pip install {package}"
         raise ModuleNotFoundError(message, name=error.name) from error
-    return torch
 
 
-# Files that are written. Each is whole or not there: it is written beside the one that
-# it replaces, and takes its name when it is on the disk.
+# Files that are written. Each is complete or missing: it is written beside the file
+# that it replaces, and renamed when it is on the disk.
 
 
 def write(path, arrays: Mapping[str, Any]):
-    """Write arrays by name; an array on devices is fetched when it is written.
+    """Write arrays by name. An array on devices is fetched when it is written.
 
-    Whatever goes wrong with the file is an OSError that names the path.
+    Every error of the file is an OSError that names the path.
     """
     _check_ending("path", path, _WRITTEN)
     named, path = path, Path(os.path.realpath(path))  # A link stays one.
@@ -303,7 +295,7 @@ def write(path, arrays: Mapping[str, Any]):
     write_file = _write_pickled if path.suffix in PICKLED else _write_safetensors
     try:
         if path.exists() and not path.is_file():
-            # A device would be replaced, and a folder is noticed at the very end.
+            # Else a device would be replaced, and a folder fail only at the very end.
             kind = errno.EISDIR if path.is_dir() else errno.EINVAL
             raise OSError(kind, os.strerror(kind))
         if path.name.endswith(INDEX):
@@ -319,12 +311,12 @@ def write(path, arrays: Mapping[str, Any]):
 
 
 def _check_dtypes(path, arrays):
-    known = {*_NAMES_IN_SAFETENSORS.values()}
+    known = set(_NAMES_IN_SAFETENSORS.values())
     if path.suffix in PICKLED:
-        _torch()
+        _imported("torch")
         known.add("complex128")
     else:
-        _safetensors()
+        _imported("safetensors")
     for name, array in arrays.items():
         if str(array.dtype) not in known:
             raise ValueError(
@@ -334,7 +326,7 @@ def _check_dtypes(path, arrays):
 
 
 def _fetched(arrays):
-    """On the host. A tied parameter is there once."""
+    """The arrays on the host, a tied one once."""
     hosts = {id(array): np.asarray(array, order="C") for array in arrays.values()}
     return {name: hosts[id(array)] for name, array in arrays.items()}
 
@@ -347,25 +339,25 @@ def _write_safetensors(file, arrays):
     try:
         # Other readers ask for the format.
         save_file(hosts, file, metadata={"format": "pt"})
-    except SafetensorError as error:  # The dtypes are known to be right.
+    except SafetensorError as error:  # The dtypes have been checked.
         raise OSError(str(error)) from error
 
 
 def _write_pickled(file, arrays):
-    torch = _torch()
+    torch = _imported("torch")
     state = {name: _to_torch(a.copy()) for name, a in _fetched(arrays).items()}
     with open(file, "wb", buffering=0) as opened:
         try:
             torch.save(state, opened)
         except RuntimeError as error:
-            # PyTorch hides the error of the disk behind one of its own.
+            # PyTorch raises an error of its own for that of the disk.
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise OSError(str(error)) from error
 
 
 def _write_shards(index, arrays):
-    """Files of at most 5 GB, and the index, which is what makes them count."""
+    """Write files of at most 5 GB or one tensor, and then the index that names them."""
     shards, size = [{}], 0
     for name, array in arrays.items():
         if shards[-1] and size + array.nbytes > _SHARD_BYTES:
@@ -373,46 +365,45 @@ def _write_shards(index, arrays):
             size = 0
         shards[-1][name] = array
         size += array.nbytes
-    # The names are new, so that those of the old index stay whole until it is replaced.
+    # The names are new: the files of the old index stay until it is replaced.
     stem, token = index.name.removesuffix(INDEX), secrets.token_hex(4)
-    names = [
-        f"{stem}-{token}-{number:05}-of-{len(shards):05}.safetensors"
-        for number in range(1, len(shards) + 1)
-    ]
-    where = {
-        name: file for file, shard in zip(names, shards, strict=True) for name in shard
+    end = f"of-{len(shards):05}.safetensors"
+    files = {
+        index.with_name(f"{stem}-{token}-{number:05}-{end}"): shard
+        for number, shard in enumerate(shards, start=1)
     }
+    where = {}
+    for file, shard in files.items():
+        where |= dict.fromkeys(shard, file.name)
     total = sum(array.nbytes for array in arrays.values())
-    text = json.dumps(
-        {"metadata": {"total_size": total}, "weight_map": where}, indent=2
-    )
-    old = _files_of(index)
+    content = {"metadata": {"total_size": total}, "weight_map": where}
+    old = _files_in(index)
     try:
-        for name, shard in zip(names, shards, strict=True):
-            _replace(
-                index.parent / name,
-                lambda file, shard=shard: _write_safetensors(file, shard),
-            )
-        _replace(index, lambda file: file.write_text(text))
+        for file, shard in files.items():
+            _replace(file, functools.partial(_write_safetensors, arrays=shard))
+        _replace(index, lambda file: file.write_text(json.dumps(content, indent=2)))
     except BaseException:
-        for name in names:
-            (index.parent / name).unlink(missing_ok=True)
+        _remove(files)
         raise
-    for name in old:
-        (index.parent / name).unlink(missing_ok=True)
+    _remove(old)
 
 
-def _files_of(index):
+def _files_in(index):
     """The files that an index names, if it is one."""
     try:
-        return _shards(index)[1].keys()
+        return [index.with_name(name) for name in _shards(index)[1]]
     except (ValueError, OSError):
-        return ()
+        return []
+
+
+def _remove(files):
+    for file in files:
+        file.unlink(missing_ok=True)
 
 
 def _replace(path, write):
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    # The mode of the old file, or that of any new one, whatever the writer makes.
+    # The mode of the old file, or the default of a new one, whatever the writer sets.
     mode = path.stat().st_mode if path.exists() else None
     with open(temporary, "xb") as file:
         mode = mode or os.fstat(file.fileno()).st_mode
@@ -425,7 +416,7 @@ def _replace(path, write):
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    if os.name == "posix":  # Where a folder can be opened, its new entry is kept, too.
+    if os.name == "posix":  # A folder can be opened, and its new entry flushed.
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
