@@ -13,6 +13,7 @@ TEXTS = [
     "docs/*.md",
     "docs/api/*.md",
     "examples/*.py",
+    "jaxlinear/**/*.py",
 ]
 HABITS = {
     r"(?<![Ll]eft)(?<!leave) alone\b": "only",

@@ -213,7 +213,7 @@ def _layers_at(paths, layer_of):
 
     An optimizer's state has trees of parameters inside, so a path in it ends with the
     layer's path and begins with that of such a tree, its root. No other tree of
-    parameters begins inside of one: ``other.up`` is not the layer ``up``.
+    parameters begins inside one: ``other.up`` is not the layer ``up``.
     """
     rooted = {}
     for path in paths:

@@ -70,7 +70,7 @@ def convert(model: nnx.Module, optimizer: nnx.Optimizer[Any] | None = None) -> R
     low-precision result is rounded once.
 
     Layers that compute their product in another way are left alone and reported:
-    subclasses, such as ``nnx.LoRALinear``; layers inside of ``nnx.LoRA``,
+    subclasses, such as ``nnx.LoRALinear``; layers inside ``nnx.LoRA``,
     ``nnx.WeightNorm`` or ``nnx.SpectralNorm``, which look for a kernel; layers with a
     ``dot_general``, a ``promote_dtype`` or a ``batch_axis``; ``nnx.Einsum``; and layers
     whose kernel something else also reads.
@@ -113,7 +113,7 @@ def revert(model: nnx.Module, optimizer: nnx.Optimizer[Any] | None = None) -> Re
     that Flax's layers have no argument for are lost, and reported.
 
     Args:
-      model: a model with layers of ours. Subclasses and layers inside of ``nnx.LoRA``,
+      model: a model with layers of ours. Subclasses and layers inside ``nnx.LoRA``,
         ``nnx.WeightNorm`` or ``nnx.SpectralNorm`` are left alone.
       optimizer: as in :func:`convert`. For a plain Optax state there is
         ``revert_tree(state, report.converted)``.
@@ -187,7 +187,7 @@ def _attributes(node):
 # Which layers are exchanged.
 
 
-# They look for a parameter of the layer inside of them.
+# They look for a parameter of the layer inside them.
 _WRAPPERS = nnx.LoRA, nnx.WeightNorm, nnx.SpectralNorm
 
 
@@ -211,7 +211,7 @@ def _plan(model, direction):
     for path, node in nodes.items():
         if isinstance(node, direction.kinds):
             wrapper = wrapper_of.get(id(node))
-            why = f"it is inside of {wrapper}" if wrapper else direction.why_not(node)
+            why = f"it is inside {wrapper}" if wrapper else direction.why_not(node)
             if why:
                 left_alone[dotted(path)] = why
             else:
@@ -236,7 +236,7 @@ def _check_module(model):
 
 
 def _wrappers(nodes):
-    """The name of the wrapper around each node that is inside of one, by its id."""
+    """The name of the wrapper around each node that is inside one, by its id."""
     wrapper_of = {}
     for node in nodes:
         if isinstance(node, _WRAPPERS):
@@ -246,7 +246,7 @@ def _wrappers(nodes):
 
 
 def _read_at(nodes, layers):
-    """Where the model holds an object, by its id, except inside of these layers."""
+    """Where the model holds an object, by its id, except inside these layers."""
     ids = {id(layer) for layer in layers}
     read_at = {}
     for path, node in nodes.items():
