@@ -24,7 +24,6 @@ from benchmarks.measure import measure
 from benchmarks.model import GPT_DTYPES, GPT_STEP
 from benchmarks.overhead import overhead
 from benchmarks.progress import Cells
-from benchmarks.rows import rows_of
 from benchmarks.workloads import DECODING, DTYPES, GROWTH, MODES, QUICK, WORKLOADS
 
 
@@ -100,7 +99,7 @@ def weight_of(cell):
 
 def remaining(cells, document):
     """The cells without the modes that the document has."""
-    have = {row.cell for row in rows_of(document)}
+    have = {row.cell for row in results_file.rows_of(document)}
     cells = [
         (w, d, [mode for mode in modes if (w.name, d, mode) not in have])
         for w, d, modes in cells

@@ -1,4 +1,4 @@
-"""Whether a contender's answer is right: its error, and what rounding explains.
+"""Whether a peer's answer is right: its error, and what rounding explains.
 
 The operands are drawn, independent and with mean zero, and the error is relative in the
 Frobenius norm. With unit roundoff u and sums of n terms:
@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.rows import OURS
+from benchmarks.results_file import OURS
 from benchmarks.workloads import RECIPE_ERRORS
 
 OTHERS_LAMBDA = 2

@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import hashlib
 import importlib.metadata
 import os
 import pathlib
@@ -12,22 +11,6 @@ import subprocess
 ROOT = pathlib.Path(__file__).parent.parent
 LIBRARIES = ["jax", "jaxlib", "flax", "dm-haiku", "equinox", "torch", "numpy"]
 FEATURES = ["avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16"]  # The last of Arm.
-PRODUCT_FILES = [
-    ROOT / "jaxlinear" / name
-    for name in (
-        "_linear.py",
-        "_linear_map.py",
-        "_levels.py",
-        "_formulas.py",
-        "_multiply.py",
-        "_by_platform.py",
-        "_quantized.py",
-        "_product.py",
-        "_cpu.py",
-        "_sharding.py",
-    )
-]
-"""The files that decide what is computed."""
 
 
 def describe(device):
@@ -40,7 +23,6 @@ def describe(device):
         "versions": versions(),
         "commit": commit,
         "tree is clean": is_clean,
-        "products": digest(PRODUCT_FILES),
     }
 
 
@@ -85,11 +67,3 @@ def _git(folder, *arguments):
     command = ["git", "-C", str(folder), *arguments]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     return run.stdout.strip()
-
-
-def digest(files):
-    """One SHA-256 of the names and the bytes of the files."""
-    found = hashlib.sha256()
-    for file in files:
-        found.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
-    return found.hexdigest()

@@ -1,6 +1,6 @@
-"""Write the figures of README and of the documentation from the results, or check them.
+"""Write the tables of README and of the documentation from the results, or check them.
 
-With the figures, the plots of speed are drawn; they are not checked.
+With the tables, the plots are drawn; they are not checked.
 
     python -m benchmarks.pages [--check]
 
@@ -9,8 +9,8 @@ instructions (``native.json``) and without (``plain.json``); those of a few rows
 (``decoding.json``); the errors against float64
 (``accuracy.json``, which ``python -m jaxlinear --json`` writes); and the programs of
 the scale study (``scale.json``). How many transformations fail is counted on the page
-of them. Results that are older than the products of the package say so; ``--check``
-fails if a figure is not that of a result.
+of them. ``older`` in a file of results is written by hand: the products that have
+changed since it was measured. They are named with its figures.
 """
 
 import argparse
@@ -20,18 +20,17 @@ import json
 
 from benchmarks import plots, results_file
 from benchmarks.aot import study
-from benchmarks.machine import PRODUCT_FILES, ROOT, digest
-from benchmarks.marked import written
+from benchmarks.machine import ROOT
 from benchmarks.model import GPT_STEP
 from benchmarks.report import geometric_mean, megabytes
-from benchmarks.rows import OURS, rows_of
+from benchmarks.results_file import OURS, rows_of
 from jaxlinear.inspect._table import table
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 RESULTS = ROOT / "benchmarks" / "results"
-TRANSFORMATIONS = ROOT / "docs" / "transformations" / "jax-0.10.2.md"
-FILES = {"with": "native.json", "without": "plain.json"}
-"""Whether the CPU has bfloat16 instructions."""
+TRANSFORMATIONS = DOCS / "transformations" / "jax-0.10.2.md"
+TIMED = "native.json", "plain.json"
 
 COLUMNS = {
     "naive, float32": ("naive formula", "float32"),
@@ -61,8 +60,8 @@ def main():
     if changes and is_check:
         raise SystemExit(1)
     if not is_check:
-        document = results_file.read(RESULTS / FILES["with"])
-        plots.draw(document, ROOT / "docs", prefix="speed-")
+        plots.draw(results_file.read(RESULTS / TIMED[0]), DOCS, prefix="speed-")
+        study.draw(compiled(), DOCS)
 
 
 def changed_pages(pages, parts):
@@ -74,57 +73,53 @@ def changed_pages(pages, parts):
             yield path, old, new
 
 
+def written(page, parts):
+    """The page with each of the ``parts``, by name, between its marks where it has any.
+
+    The marks are ``<!-- name: begin -->`` and ``<!-- name: end -->``.
+    """
+    for name, text in parts.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        if page.count(begin) > 1 or page.count(begin) != page.count(end):
+            raise ValueError(f"a page has not {begin} and {end}, once each")
+        if begin in page:
+            before, _, rest = page.partition(begin)
+            page = f"{before}{begin}\n\n{text}\n\n{end}{rest.partition(end)[2]}"
+    return page
+
+
 def parts():
     """The generated parts, by name."""
-    timed = {h: results_file.read(RESULTS / name) for h, name in FILES.items()}
-    for having, document in timed.items():
-        if not document.get("complete", True):
-            raise ValueError(f"{FILES[having]}: of a run that was stopped")
-    measured, scale = (
-        json.loads((RESULTS / name).read_text())
-        for name in ("accuracy.json", "scale.json")
-    )
+    timed = [results_file.read(RESULTS / name) for name in TIMED]
+    for name, document in zip(TIMED, timed, strict=True):
+        if not document["complete"]:
+            raise ValueError(f"{name}: of a run that was stopped")
     return {
-        "headline": headline(measured, timed["with"]),
         "means": means(timed),
         "transformations": transformations(TRANSFORMATIONS.read_text()),
-        "accuracy": errors(measured),
-        "speed": speed(timed, digest(PRODUCT_FILES)),
+        "accuracy": errors(json.loads((RESULTS / "accuracy.json").read_text())),
+        "speed": speed(timed),
         "decoding": decoding(results_file.read(RESULTS / "decoding.json")),
-        **study.tables(scale),
+        **study.tables(compiled()),
     }
+
+
+def compiled():
+    return json.loads((RESULTS / "scale.json").read_text())
 
 
 # What README says.
-
-
-def headline(measured, timed):
-    """What the layer gains in mixed precision, in a sentence."""
-    error = {
-        m["layer"]: m["error"]
-        for m in with_default_precision(measured)
-        if (m["dtype"], m["quantity"]) == ("mixed", "∇W")
-    }
-    found = ratios(timed)[COLUMNS["Flax NNX, mixed"]]
-    return (
-        "In mixed precision the relative error of a weight gradient is"
-        f" {error['jaxlinear']:.1e} where Flax's layer has {error['Flax']:.1e}, and a"
-        f" training step is {geometric_mean([*found.values()]):.1f} times as fast"
-        f" ({timed['cpu']['model']} with"
-        " bfloat16 instructions, geometric mean of"
-        f" {len(found)} layers)."
-    )
 
 
 def means(timed):
     """The geometric means of the tables of speed, a line for each machine."""
     chosen = "naive, float32", "naive, mixed", "Flax NNX, mixed", "PyTorch, bfloat16"
     lines = []
-    for having, document in timed.items():
+    for document in timed:
         found = ratios(document)
         columns = (mean(found[COLUMNS[name]]) for name in chosen)
-        lines.append([machine(document, having), *columns])
-    return table(["time of the other / ours", *chosen], lines)
+        lines.append([kind(document) + age(document), *columns])
+    return table(["time/ours", *chosen], lines)
 
 
 def transformations(page):
@@ -149,7 +144,8 @@ def errors(measured):
     """The error of each quantity and layer, with the default precision."""
     cells = {
         (f"{m['dtype']} {m['quantity']}", m["layer"]): m
-        for m in with_default_precision(measured)
+        for m in measured["measurements"]
+        if m["precision"] == "default"
     }
     rows, layers = (list(dict.fromkeys(names)) for names in zip(*cells, strict=True))
 
@@ -167,35 +163,32 @@ def errors(measured):
     )
 
 
-def with_default_precision(measured):
-    return [m for m in measured["measurements"] if m["precision"] == "default"]
-
-
-def speed(timed, products):
+def speed(timed):
     """All timings of whole steps, for each machine."""
     tables = []
-    for having, document in timed.items():
-        tables += [caption(document, having, products), layers(document)]
-        tables += model(document)
+    for document in timed:
+        tables += [caption(document), layers(document), *model(document)]
     return "\n\n".join(tables)
 
 
-def machine(document, having):
-    model = document.get("cpu", {}).get("model")
-    return f"CPU {having} bfloat16 instructions ({model or document['device']})"
+def kind(document):
+    is_native = document["cpu"]["bfloat16 instructions"] == "yes"
+    return f"CPU {'with' if is_native else 'without'} bfloat16 instructions"
 
 
-def caption(document, having, products):
-    """Where and when, and whether the products have changed since."""
-    commit = document.get("commit")
-    changed = "" if document.get("tree is clean", True) else " with changes"
-    at = f"commit {commit[:7]}{changed}" if commit else "commit not recorded"
-    is_same = document.get("products") == products
-    age = "" if is_same else "; **older than the package's products**"
+def age(document):
+    """What is newer than the figures, as their file says."""
+    return f", **older than {document['older']}**" if "older" in document else ""
+
+
+def caption(document):
+    """Where and when it was measured."""
     cores = document["device"].removeprefix("CPU, ")
+    changed = "" if document["tree is clean"] else " with changes"
     return (
-        f"{machine(document, having)}, {cores}, JAX"
-        f" {document['versions']['jax']}, {document['date'][:10]}, {at}{age}:"
+        f"{kind(document)} ({document['cpu']['model']}), {cores}, JAX"
+        f" {document['versions']['jax']}, measured on {document['date'][:10]} at commit"
+        f" {document['commit'][:7]}{changed}{age(document)}:"
     )
 
 
@@ -260,9 +253,7 @@ def decoding(document):
     for dtype in ("float32", "bfloat16"):
         heading += [f"ours, {dtype}", "temporaries"]
         heading += [name for name, column in COLUMNS.items() if column[1] == dtype]
-    is_native = document["cpu"]["bfloat16 instructions"] == "yes"
-    where = caption(document, "with" if is_native else "without", digest(PRODUCT_FILES))
-    return f"{where}\n\n{table(heading, lines)}"
+    return f"{caption(document)}\n\n{table(heading, lines)}"
 
 
 def model(document):

@@ -3,7 +3,7 @@
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.rows import rows_of
+from benchmarks.results_file import rows_of
 
 
 def draw(document, folder, prefix=""):

@@ -1,4 +1,4 @@
-"""A model of 175 billion parameters on 64 to 8,192 chips, compiled without one.
+"""A model of 174 billion parameters on 64 to 8,192 chips, compiled without one.
 
     python -m benchmarks.aot.study
 
@@ -6,7 +6,7 @@ The linear layers of GPT-3 (12,288 wide, 49,152 hidden, 96 blocks, scanned and
 recomputed), FSDP times tensor parallelism, 2,048 tokens a chip, in mixed precision, for
 v5p and the H100: ours, ours with gradients reduced in bfloat16, the naive formula;
 with fewer rows in a shard; and with q, k and v in one layer and in three. It writes
-`benchmarks/results/scale.json` and the plots and the tables of `docs/scale.md`.
+`benchmarks/results/scale.json`; `python -m benchmarks.pages` writes the rest.
 """
 
 import itertools
@@ -17,11 +17,9 @@ from rich.console import Console
 from benchmarks import results_file
 from benchmarks.aot import plots
 from benchmarks.aot.__main__ import ROOT, print_failed, run
-from benchmarks.marked import written
 from jaxlinear.inspect._table import table
 
 RESULTS = ROOT / "benchmarks" / "results" / "scale.json"
-PAGE = ROOT / "docs" / "scale.md"
 GPT3 = {"width": 12288, "hidden": 49152, "layers": 96}
 TENSOR = {"v5p": 4, "h100": 8}
 CHIPS = {"v5p": [64, 256, 1024, 4096, 8192], "h100": [64, 256, 1024]}
@@ -122,6 +120,14 @@ def tables(document):
     }
 
 
+def draw(document, folder):
+    """Write the plots against the number of chips."""
+    for target in TENSOR:
+        rows = full_rows(document, target)
+        figure = plots.against_chips(rows, f"174 billion parameters on {target}")
+        figure.savefig(folder / f"scale-{target}.png", dpi=110)
+
+
 def main():
     console = Console()
     folder = pathlib.Path("aot_results") / "study"
@@ -130,11 +136,6 @@ def main():
     if document["failed"]:
         raise SystemExit(1)
     results_file.write(document, RESULTS)
-    PAGE.write_text(written(PAGE.read_text(), tables(document)))
-    for target in TENSOR:
-        rows = full_rows(document, target)
-        figure = plots.against_chips(rows, f"174 billion parameters on {target}")
-        figure.savefig(PAGE.parent / f"scale-{target}.png", dpi=110)
 
 
 if __name__ == "__main__":
