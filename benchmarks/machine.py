@@ -15,12 +15,19 @@ FEATURES = ["avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16"]  # The last of
 
 def describe(device):
     is_cpu = device.platform == "cpu"
-    commit, is_clean = git_state(ROOT)
     return {
         "device": f"CPU, {os.cpu_count()} cores" if is_cpu else device.device_kind,
         "cpu": processor(),
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "versions": versions(),
+        **stamp(),
+    }
+
+
+def stamp():
+    """When, and of which commit."""
+    commit, is_clean = git_state(ROOT)
+    return {
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "commit": commit,
         "tree is clean": is_clean,
     }

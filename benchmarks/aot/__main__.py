@@ -25,10 +25,9 @@ from rich.table import Table
 
 from benchmarks import results_file
 from benchmarks.aot import plots, targets
-from benchmarks.machine import git_state
+from benchmarks.machine import ROOT, stamp
 from benchmarks.progress import Cells
 
-ROOT = pathlib.Path(__file__).parents[2]
 ONE = [f"layer-{dtypes}-bias" for dtypes in ("float32", "bfloat16", "mixed")]
 ONE += ["mlp-mixed-bias"]
 MANY = ["column-mixed-plain", "row-mixed-bias", "mlp-mixed-plain", "mlp-mixed-bias"]
@@ -79,8 +78,7 @@ def run(all_cells, output, console):
     if absent := targets.absent(cell["target"] for cell in all_cells):
         sys.exit(absent)
     output.mkdir(parents=True, exist_ok=True)
-    commit, is_clean = git_state(ROOT)
-    document = {"commit": commit, "tree is clean": is_clean, "rows": [], "failed": []}
+    document = stamp() | {"rows": [], "failed": []}
     with Cells(console, [1] * len(all_cells)) as progress:
         for cell in all_cells:
             name = name_of(cell)

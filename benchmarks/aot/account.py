@@ -51,10 +51,9 @@ class Account:
     )
     wire: float = 0
 
-    def add(self, other, times=1, with_kernels=True):
-        if with_kernels:
-            self.kernels += times * other.kernels
-            self.bytes += times * other.bytes
+    def add(self, other, times=1):
+        self.kernels += times * other.kernels
+        self.bytes += times * other.bytes
         self.flops += times * other.flops
         self.wire += times * other.wire
         for mine, theirs in (
@@ -90,7 +89,7 @@ def _of(program, name, channels):
         elif opcode in _CALLS:
             total.add(_of(program, _called(instruction), channels))
         elif opcode in _FUSIONS:
-            total.add(_fused(program, instruction, channels), with_kernels=False)
+            total.add(_fused(program, instruction, channels))
         elif kind:
             size = _group(program, instruction)
             _add_received(total, kind, instruction.received, size)
@@ -109,9 +108,10 @@ def _called(instruction):
 
 
 def _fused(program, fusion, channels):
+    """That of what is inside a fusion, which is one kernel."""
     inner = _of(program, _called(fusion), channels)
     if "all-reduce-scatter" not in _called(fusion):
-        return inner
+        return dataclasses.replace(inner, kernels=0, bytes=0)
     # A TPU's fusion of an all-reduce and a slice, which is a reduce-scatter.
     scattered = Account(flops=inner.flops, moves=inner.moves)
     size = sum(inner.collectives.values()) // _bytes(fusion.results)

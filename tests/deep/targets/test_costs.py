@@ -132,7 +132,9 @@ def test_reduced_in_the_compute_dtype_it_is_the_naive_formula_to_the_byte(
     of_weights["fsdp_tensor"] = "reduce-scatter"
     kind, sent = of_weights.get(layout), dict(by_kind(naive))
     if kind:
-        sent[kind, "f32"] = sent.get((kind, "f32"), 0) + 2 * sent.pop((kind, "bf16"))
+        sent[kind, "float32"] = sent.get((kind, "float32"), 0) + 2 * sent.pop(
+            (kind, "bfloat16")
+        )
     assert by_kind(ours) == sent
 
 
