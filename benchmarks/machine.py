@@ -33,6 +33,12 @@ def stamp():
     }
 
 
+def stamped(document):
+    """The stamp of a document, in words."""
+    changed = "" if document["tree is clean"] else " with changes"
+    return f"on {document['date'][:10]} at commit {document['commit'][:7]}{changed}"
+
+
 def versions():
     found = {"python": platform.python_version()}
     for name in LIBRARIES:

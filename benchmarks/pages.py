@@ -20,7 +20,7 @@ import json
 
 from benchmarks import plots, results_file
 from benchmarks.aot import study
-from benchmarks.machine import ROOT
+from benchmarks.machine import ROOT, stamped
 from benchmarks.model import GPT_STEP
 from benchmarks.report import geometric_mean, megabytes
 from benchmarks.results_file import OURS, rows_of
@@ -184,11 +184,9 @@ def age(document):
 def caption(document):
     """Where and when it was measured."""
     cores = document["device"].removeprefix("CPU, ")
-    changed = "" if document["tree is clean"] else " with changes"
     return (
         f"{kind(document)} ({document['cpu']['model']}), {cores}, JAX"
-        f" {document['versions']['jax']}, measured on {document['date'][:10]} at commit"
-        f" {document['commit'][:7]}{changed}{age(document)}:"
+        f" {document['versions']['jax']}, measured {stamped(document)}{age(document)}:"
     )
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from benchmarks import results_file
 from benchmarks.aot import plots
 from benchmarks.aot.__main__ import print_failed, run
-from benchmarks.machine import ROOT
+from benchmarks.machine import ROOT, stamped
 from jaxlinear.inspect._table import table
 
 RESULTS = ROOT / "benchmarks" / "results" / "scale.json"
@@ -86,8 +86,9 @@ def tables(document):
     qkv = [r for r in reduced if r["chips"] == 256]
     qkv.sort(key=lambda row: (row["target"], row["case"]))
     chips, target = itemgetter("chips"), itemgetter("target")
+    full = {t: markdown(full_rows(document, t), {"chips": chips}) for t in TENSOR}
     return {
-        **{t: markdown(full_rows(document, t), {"chips": chips}) for t in TENSOR},
+        **{t: f"Compiled {stamped(document)}:\n\n{full[t]}" for t in TENSOR},
         "rows": markdown(few, {"tokens a chip": tokens}),
         "qkv": markdown(qkv, {"target": target, "q, k and v": layers_of_qkv}),
     }
