@@ -157,9 +157,9 @@ def errors(measured):
 
     lines = [[row, *(cell(row, layer) for layer in layers)] for row in rows]
     return (
-        f"Relative errors on a {measured['device']}, JAX {measured['jax']},"
-        f" {measured['rows']} rows of {measured['features']} features; (!): more than"
-        f" rounding explains.\n\n{table(['', *layers], lines)}"
+        f"Relative errors on a {measured['device']}, JAX {measured['jax']}, measured on"
+        f" {measured['date'][:10]}, {measured['rows']} rows of {measured['features']}"
+        f" features; (!): more than rounding explains.\n\n{table(['', *layers], lines)}"
     )
 
 
