@@ -3,7 +3,7 @@
     python -m benchmarks [--quick] [--device cpu] [--only NAME] [--dtype NAME]
 
 Every workload is a layer of a real model. Its forward pass, each gradient, and the
-whole step are compiled ahead, checked against float64, and timed in turn with those of
+whole step are compiled ahead, checked against float64, and timed in turn with
 each library that is installed. A row gives medians, quartiles, the median ratio of each
 library's time to ours in the same round, and how far we are from the limit that the
 fastest product and copy on this machine set. The results go to a JSON file, as they

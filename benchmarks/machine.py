@@ -68,7 +68,7 @@ def processor(file=pathlib.Path("/proc/cpuinfo")):
 
 
 def git_state(folder):
-    """The commit, and whether the tracked and untracked files are those of it."""
+    """The commit, and whether the working tree has no other change."""
     try:
         commit = _git(folder, "rev-parse", "HEAD")
         return commit, not _git(folder, "status", "--porcelain")

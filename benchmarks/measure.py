@@ -32,7 +32,7 @@ def measure(workload, dtype, modes, device, seconds, limits):
     compute_dtype = DTYPES[dtype][0]
     if isinstance(workload, GPT):
         checked = model_programs(workload, dtype, compute_dtype, device)
-        # Of a step that takes seconds there should be a few rounds, too.
+        # A step that takes seconds should have a few rounds as well.
         yield timed(workload, dtype, "step", checked, 5 * seconds, limits)
         return
     arrays = problem(workload, dtype)

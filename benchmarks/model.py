@@ -27,7 +27,7 @@ class GPT:
     The batch is 4: with it a step under bfloat16 compute takes 2 to 3.4 s on two cores
     without bfloat16 instructions (Zen 3), and the four libraries take turns.
 
-    ``rows``, ``in_features`` and ``out_features`` are those of the head.
+    ``rows``, ``in_features`` and ``out_features`` describe the head.
     """
 
     name: str = "GPT step"

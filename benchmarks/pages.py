@@ -4,13 +4,12 @@ With the tables, the plots are drawn; they are not checked.
 
     python -m benchmarks.pages [--check]
 
-The results are in ``benchmarks/results``: of two kinds of CPU, with bfloat16
-instructions (``native.json``) and without (``plain.json``); those of a few rows
-(``decoding.json``); the errors against float64
-(``accuracy.json``, which ``python -m jaxlinear --json`` writes); and the programs of
-the scale study (``scale.json``). How many transformations fail is counted on the page
-of them. ``older`` in a file of results is written by hand: the products that have
-changed since it was measured. They are named with its figures.
+The results are in ``benchmarks/results``: timings on a CPU with bfloat16 instructions
+(``native.json``), on one without (``plain.json``) and of few rows (``decoding.json``);
+the errors against float64 (``accuracy.json``, from ``python -m jaxlinear --json``); the
+programs of the scale study (``scale.json``). The failing transformations are counted on
+their own page. ``older`` in a file of results is written by hand: it names the products
+that have changed since the file was measured, and is shown with the figures.
 """
 
 import argparse
@@ -151,7 +150,7 @@ def errors(measured):
 
     def cell(row, layer):
         found = cells.get((row, layer))
-        if found is None:  # Of 8 bits there is our layer alone.
+        if found is None:  # Only our layer has 8 bits.
             return ""
         return f"{found['error']:.1e}{'' if found['is_explained'] else ' (!)'}"
 
@@ -225,7 +224,7 @@ def layers(document):
 
 
 def decoding(document):
-    """The forward pass of a few rows: our time, and that of each other over it."""
+    """The forward pass of a few rows: our time, and the others' over it."""
     columns = COLUMNS.values()
     columns = [column for column in columns if column[1] in ("float32", "bfloat16")]
     found = collections.defaultdict(dict)

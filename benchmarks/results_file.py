@@ -74,7 +74,7 @@ def figures(samples, library):
 
 
 def read(path):
-    """The document in a results file; ValueError, in one line, if it is none."""
+    """The document in a results file; ValueError, in one line, if it has none."""
     try:
         document = json.loads(path.read_text())
         rows_of(document)
@@ -112,8 +112,8 @@ def as_json(document):
 def started(path, now, resume):
     """The document to fill: ``now``, or with ``resume`` the one in the file.
 
-    ValueError if the file is no results file, which would be lost, or one with which
-    this run cannot go on.
+    ValueError if the file is not a results file, which would be lost, or if this run
+    cannot go on with it.
     """
     old = read(path) if path.exists() else None
     if old is None or not resume:

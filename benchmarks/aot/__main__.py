@@ -139,7 +139,7 @@ def main():
     add("--case", action="append", metavar="NAME", help="may be repeated")
     add("--layout", action="append", choices=["data", "fsdp", "tensor", "fsdp_tensor"])
     add("--axes", action="append", choices=["auto", "explicit"])
-    add("--quick", action="store_true", help="on one chip a layer and an MLP alone")
+    add("--quick", action="store_true", help="on one chip only a layer and an MLP")
     add("--output", type=pathlib.Path, default=pathlib.Path("aot_results"))
     options = parser.parse_args()
     options.chips = options.chips or [1, 8]

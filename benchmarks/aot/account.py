@@ -37,7 +37,7 @@ class Account:
       kernels: how many start.
       bytes: what they read and write.
       flops: floating-point operations of the products, two for each term.
-      moves: how many converts, copies and transposes there are, alone or in a fusion.
+      moves: how many converts, copies and transposes there are, in a fusion or not.
       collectives: bytes of what each device receives, by kind and dtype.
       wire: bytes that each device sends, where devices pass them on in a ring.
     """
@@ -72,9 +72,10 @@ def account(text):
 
 
 def _of(program, name, channels):
-    """That of a computation; ``channels`` are those of collectives that were counted.
+    """The account of a computation, without the collectives of ``channels``.
 
-    A collective that goes on beside others is in several fusions, with one channel.
+    They were counted: one that goes on beside others is in several fusions, with one
+    channel. Those that are counted here join them.
     """
     total = Account()
     for instruction in program.computations[name]:
@@ -108,7 +109,7 @@ def _called(instruction):
 
 
 def _fused(program, fusion, channels):
-    """That of what is inside a fusion, which is one kernel."""
+    """What is inside a fusion, which is one kernel."""
     inner = _of(program, _called(fusion), channels)
     if "all-reduce-scatter" not in _called(fusion):
         return dataclasses.replace(inner, kernels=0, bytes=0)

@@ -31,7 +31,7 @@ CASES = ["-".join(case) for case in itertools.product(PROGRAMS, DTYPES, BIASES)]
 
 
 def reduced(parameters, x, dtype, out_sharding=None):
-    """Ours, with what devices add up rounded to the compute dtype first."""
+    """Ours, rounding to the compute dtype before devices sum."""
     product = jaxlinear.Product(preferred_element_type=dtype)
     products = jaxlinear.Products(product, product, product)
     return peers.ours(parameters, x, dtype, out_sharding, products)

@@ -24,7 +24,7 @@ class Instruction:
     """One operation: a line of the text, and what can be read from it.
 
     Attributes:
-      operands: what stands in its brackets, names or a number.
+      operands: the text in its brackets: names, or a number.
       read: the instructions among them.
     """
 
@@ -82,7 +82,7 @@ class Instruction:
     def received(self):
         """The arrays that a collective returns on each device."""
         # An asynchronous start may return its operands first, or counters at the end.
-        # Whether that of an all-reduce does depends on the version of XLA.
+        # Whether an all-reduce does so depends on the version of XLA.
         has_operands = self.opcode in ("all-gather-start", "reduce-scatter-start") or (
             self.opcode == "all-reduce-start"
             and len(self.results) == 2 * len(self.operand_dtypes)
@@ -108,7 +108,7 @@ def instructions(text):
     for instruction in found:
         for operand in instruction.read:
             readers.setdefault(operand, instruction.op_name)
-    # What XLA made itself may have no origin. It has that of what reads it.
+    # An instruction that XLA made may have no origin: it gets its reader's.
     return [
         instruction
         if instruction.op_name
