@@ -3,7 +3,7 @@
     python -m benchmarks [--quick] [--device cpu] [--only NAME] [--dtype NAME]
 
 Every workload is a layer of a real model. Its forward pass, each gradient, and the
-whole step are compiled ahead, checked against float64, and timed in turn with those of
+whole step are compiled ahead, checked against float64, and timed in turn with
 each library that is installed. A row gives medians, quartiles, the median ratio of each
 library's time to ours in the same round, and how far we are from the limit that the
 fastest product and copy on this machine set. The results go to a JSON file, as they
@@ -24,7 +24,6 @@ from benchmarks.measure import measure
 from benchmarks.model import GPT_DTYPES, GPT_STEP
 from benchmarks.overhead import overhead
 from benchmarks.progress import Cells
-from benchmarks.rows import rows_of
 from benchmarks.workloads import DECODING, DTYPES, GROWTH, MODES, QUICK, WORKLOADS
 
 
@@ -100,7 +99,7 @@ def weight_of(cell):
 
 def remaining(cells, document):
     """The cells without the modes that the document has."""
-    have = {row.cell for row in rows_of(document)}
+    have = {row.cell for row in results_file.rows_of(document)}
     cells = [
         (w, d, [mode for mode in modes if (w.name, d, mode) not in have])
         for w, d, modes in cells

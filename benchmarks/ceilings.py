@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.contenders import pytorch_program, pytorch_runs, pytorch_tensor
+from benchmarks.peers import pytorch_program, pytorch_runs, pytorch_tensor
 from benchmarks.timing import compiled, eager, interleaved
 
 SHAPES = {"cpu": (2048, 1024, 1024)}  # rows, in, out: what is compared is timed there

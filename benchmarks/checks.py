@@ -1,4 +1,4 @@
-"""Whether a contender's answer is right: its error, and what rounding explains.
+"""Whether a peer's answer is right: its error, and what rounding explains.
 
 The operands are drawn, independent and with mean zero, and the error is relative in the
 Frobenius norm. With unit roundoff u and sums of n terms:
@@ -11,7 +11,7 @@ Frobenius norm. With unit roundoff u and sums of n terms:
   the compute dtype, one term after the other. There Σ|term| is too coarse for data with
   mean zero (Higham and Mary, Sharper Probabilistic Backward Error Analysis for Basic
   Linear Algebra Kernels with Random Data, 2020): a partial sum of k terms is about
-  σ √k, its rounding at most u σ √k, and u σ √(k/3) in the mean square. Added up over k,
+  σ √k, its rounding at most u σ √k, and u σ √(k/3) in the mean square. Summed over k,
   and relative to σ √n, that is u √(n/6). λ = 2 leaves room for roundings that are not
   independent.
 """
@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.rows import OURS
+from benchmarks.results_file import OURS
 from benchmarks.workloads import RECIPE_ERRORS
 
 OTHERS_LAMBDA = 2
@@ -73,7 +73,7 @@ def checked_errors(case, library, results, expected, compute_dtype, platform, fl
 
 
 def require(case, library, quantity, error, limit):
-    if not error <= limit:  # NaN is wrong, too.
+    if not error <= limit:  # NaN is wrong as well.
         raise ArithmeticError(
             f"{', '.join(case)}: {quantity} of {library} is wrong,"
             f" relative error {error:.2g}, bound {limit:.2g}"

@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import hashlib
 import importlib.metadata
 import os
 import pathlib
@@ -12,36 +11,32 @@ import subprocess
 ROOT = pathlib.Path(__file__).parent.parent
 LIBRARIES = ["jax", "jaxlib", "flax", "dm-haiku", "equinox", "torch", "numpy"]
 FEATURES = ["avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16"]  # The last of Arm.
-PRODUCT_FILES = [
-    ROOT / "jaxlinear" / name
-    for name in (
-        "_linear.py",
-        "_linear_map.py",
-        "_levels.py",
-        "_formulas.py",
-        "_multiply.py",
-        "_by_platform.py",
-        "_quantized.py",
-        "_product.py",
-        "_cpu.py",
-        "_sharding.py",
-    )
-]
-"""The files that decide what is computed."""
 
 
 def describe(device):
     is_cpu = device.platform == "cpu"
-    commit, is_clean = git_state(ROOT)
     return {
         "device": f"CPU, {os.cpu_count()} cores" if is_cpu else device.device_kind,
         "cpu": processor(),
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "versions": versions(),
+        **stamp(),
+    }
+
+
+def stamp():
+    """When, and of which commit."""
+    commit, is_clean = git_state(ROOT)
+    return {
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "commit": commit,
         "tree is clean": is_clean,
-        "products": digest(PRODUCT_FILES),
     }
+
+
+def stamped(document):
+    """The stamp of a document, in words."""
+    changed = "" if document["tree is clean"] else " with changes"
+    return f"on {document['date'][:10]} at commit {document['commit'][:7]}{changed}"
 
 
 def versions():
@@ -73,7 +68,7 @@ def processor(file=pathlib.Path("/proc/cpuinfo")):
 
 
 def git_state(folder):
-    """The commit, and whether the tracked and untracked files are those of it."""
+    """The commit, and whether the working tree has no other change."""
     try:
         commit = _git(folder, "rev-parse", "HEAD")
         return commit, not _git(folder, "status", "--porcelain")
@@ -85,11 +80,3 @@ def _git(folder, *arguments):
     command = ["git", "-C", str(folder), *arguments]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     return run.stdout.strip()
-
-
-def digest(files):
-    """One SHA-256 of the names and the bytes of the files."""
-    found = hashlib.sha256()
-    for file in files:
-        found.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
-    return found.hexdigest()

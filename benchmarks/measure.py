@@ -5,14 +5,15 @@ from functools import partial
 import jax
 
 from benchmarks.checks import checked_errors
-from benchmarks.contenders import (
+from benchmarks.model import GPT, model_programs
+from benchmarks.peers import (
     TRANSPOSED,
-    jax_contenders,
+    jax_peers,
+    parameters_of,
     pytorch_programs,
     pytorch_runs,
 )
-from benchmarks.model import GPT, model_programs
-from benchmarks.rows import OURS, Row, figures
+from benchmarks.results_file import OURS, Row, figures
 from benchmarks.timing import compiled, interleaved
 from benchmarks.workloads import (
     DTYPES,
@@ -31,7 +32,7 @@ def measure(workload, dtype, modes, device, seconds, limits):
     compute_dtype = DTYPES[dtype][0]
     if isinstance(workload, GPT):
         checked = model_programs(workload, dtype, compute_dtype, device)
-        # Of a step that takes seconds there should be a few rounds, too.
+        # A step that takes seconds should have a few rounds as well.
         yield timed(workload, dtype, "step", checked, 5 * seconds, limits)
         return
     arrays = problem(workload, dtype)
@@ -91,14 +92,15 @@ def timed(workload, dtype, mode, checked, seconds, limits):
 
 def programs_of(workload, mode, arrays, dtype_name, device):
     x, weight, bias, cotangent = jax.device_put(arrays, device)
-    layers, dtype = jax_contenders(), DTYPES[dtype_name][0]
+    layers, dtype = jax_peers(), DTYPES[dtype_name][0]
     if dtype_name in RECIPES:
         layers[OURS] = partial(layers[OURS], products=RECIPES[dtype_name])
     if workload in GROWTH:  # A curve of ours and one of the naive formula.
         layers = {name: layers[name] for name in ("jaxlinear", "naive formula")}
     programs = {}
     for name, layer in layers.items():
-        apply, parameters = layer(weight, bias, dtype)
+        apply = partial(layer, dtype=dtype)
+        parameters = parameters_of(name, weight, bias)
         programs[name] = compiled(results_of(mode, apply), (parameters, x, cotangent))
         programs[name].kept_bytes = kept_bytes(apply, parameters, x)
     if workload not in GROWTH and pytorch_runs(device, dtype):

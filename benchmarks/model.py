@@ -1,4 +1,4 @@
-"""A training step of a small GPT whose linear layers are all a contender's."""
+"""A training step of a small GPT with the linear layers of one library."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from benchmarks.checks import (
     require,
     roundoff,
 )
-from benchmarks.contenders import TRANSPOSED, jax_contenders
+from benchmarks.peers import TRANSPOSED, jax_peers, parameters_of
 from benchmarks.timing import compiled
 
 LIBRARIES = ["jaxlinear", "naive formula", "Flax NNX", "Equinox"]
@@ -25,9 +25,9 @@ class GPT:
     """Pre-norm, GELU, causal attention.
 
     The batch is 4: with it a step under bfloat16 compute takes 2 to 3.4 s on two cores
-    without bfloat16 instructions (Zen 3), and the four contenders take turns.
+    without bfloat16 instructions (Zen 3), and the four libraries take turns.
 
-    ``rows``, ``in_features`` and ``out_features`` are those of the head.
+    ``rows``, ``in_features`` and ``out_features`` describe the head.
     """
 
     name: str = "GPT step"
@@ -66,15 +66,16 @@ def model_programs(gpt, dtype_name, compute_dtype, device):
         gpt.out_features, size=(gpt.batch, gpt.tokens + 1)
     )
     tokens = jax.device_put(tokens.astype(np.int32), device)
-    layers, programs, errors = jax_contenders(), {}, {}
+    layers, programs, errors = jax_peers(), {}, {}
     with jax.default_matmul_precision("highest"):
-        loss, parameters = loss_of(gpt, layers["naive formula"], "float32")
-        exact = by_kind(jax.jit(jax.value_and_grad(loss))(parameters, tokens), False)
+        loss = loss_of(gpt, layers["naive formula"], "float32")
+        results = jax.jit(jax.value_and_grad(loss))(initial(gpt), tokens)
+        exact = by_kind(results, False)
     limit = bound(gpt, compute_dtype, device.platform)
     for name in LIBRARIES:
         if name in layers:
-            loss, parameters = loss_of(gpt, layers[name], compute_dtype)
-            parameters = jax.device_put(parameters, device)
+            loss = loss_of(gpt, layers[name], compute_dtype)
+            parameters = jax.device_put(initial(gpt, name), device)
             results = jax.jit(jax.value_and_grad(loss))(parameters, tokens)
             found = by_kind(results, name in TRANSPOSED)
             distances = {k: relative_error(found[k], exact[k]) for k in exact}
@@ -109,39 +110,41 @@ def sgd(loss):
     return step
 
 
-def loss_of(gpt, layer, dtype):
-    """loss(parameters, tokens), and the parameters: {"linear", "other"}."""
+def initial(gpt, library="naive formula"):
+    """The parameters: {"linear", "other"}."""
     generator = np.random.default_rng(1)
 
     def normal(*shape, scale):
         return jnp.asarray(generator.standard_normal(shape, np.float32) * scale)
 
-    applies, linears = [], []
+    linear = []
     for out, inputs in gpt.shapes:
         weight = normal(out, inputs, scale=np.float32(inputs**-0.5))
-        apply, layer_parameters = layer(weight, jnp.zeros(out), dtype)
-        applies.append(apply)
-        linears.append(layer_parameters)
+        linear.append(parameters_of(library, weight, jnp.zeros(out)))
     other = {
         "embedding": normal(gpt.out_features, gpt.in_features, scale=np.float32(1)),
         "position": normal(gpt.tokens, gpt.in_features, scale=np.float32(1)),
         "norms": jnp.ones((2 * gpt.layers + 1, gpt.in_features)),
     }
+    return {"linear": linear, "other": other}
+
+
+def loss_of(gpt, layer, dtype):
+    """loss(parameters, tokens) with this linear layer."""
 
     def loss(parameters, tokens):
-        log_p = jax.nn.log_softmax(logits(gpt, applies, dtype, parameters, tokens))
+        log_p = jax.nn.log_softmax(logits(gpt, layer, dtype, parameters, tokens))
         return -jnp.mean(jnp.take_along_axis(log_p, tokens[:, 1:, None], -1))
 
-    return loss, {"linear": linears, "other": other}
+    return loss
 
 
-def logits(gpt, applies, dtype, parameters, tokens):
-    other, pairs = parameters["other"], zip(applies, parameters["linear"], strict=True)
+def logits(gpt, layer, dtype, parameters, tokens):
+    other, linears = parameters["other"], iter(parameters["linear"])
     norms = iter(other["norms"])
 
     def linear(x):
-        apply, layer_parameters = next(pairs)
-        return apply(layer_parameters, x)
+        return layer(next(linears), x, dtype)
 
     def norm(x):
         x = x.astype(jnp.float32)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxlinear
-from benchmarks.contenders import is_installed
+from benchmarks.peers import is_installed
 from benchmarks.timing import eager, interleaved
 
 LAYERS, FEATURES = 24, 64

@@ -1,16 +1,15 @@
-"""Write the figures of README and of the documentation from the results, or check them.
+"""Write the tables of README and of the documentation from the results, or check them.
 
-With the figures, the plots of speed are drawn; they are not checked.
+With the tables, the plots are drawn; they are not checked.
 
     python -m benchmarks.pages [--check]
 
-The results are in ``benchmarks/results``: of two kinds of CPU, with bfloat16
-instructions (``native.json``) and without (``plain.json``); those of a few rows
-(``decoding.json``); the errors against float64
-(``accuracy.json``, which ``python -m jaxlinear --json`` writes); and the programs of
-the scale study (``scale.json``). How many transformations fail is counted on the page
-of them. Results that are older than the products of the package say so; ``--check``
-fails if a figure is not that of a result.
+The results are in ``benchmarks/results``: timings on a CPU with bfloat16 instructions
+(``native.json``), on one without (``plain.json``) and of few rows (``decoding.json``);
+the errors against float64 (``accuracy.json``, from ``python -m jaxlinear --json``); the
+programs of the scale study (``scale.json``). The failing transformations are counted on
+their own page. ``older`` in a file of results is written by hand: it names the products
+that have changed since the file was measured, and is shown with the figures.
 """
 
 import argparse
@@ -20,18 +19,17 @@ import json
 
 from benchmarks import plots, results_file
 from benchmarks.aot import study
-from benchmarks.machine import PRODUCT_FILES, ROOT, digest
-from benchmarks.marked import written
+from benchmarks.machine import ROOT, stamped
 from benchmarks.model import GPT_STEP
 from benchmarks.report import geometric_mean, megabytes
-from benchmarks.rows import OURS, rows_of
+from benchmarks.results_file import OURS, rows_of
 from jaxlinear.inspect._table import table
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 RESULTS = ROOT / "benchmarks" / "results"
-TRANSFORMATIONS = ROOT / "docs" / "transformations" / "jax-0.10.2.md"
-FILES = {"with": "native.json", "without": "plain.json"}
-"""Whether the CPU has bfloat16 instructions."""
+TRANSFORMATIONS = DOCS / "transformations" / "jax-0.10.2.md"
+TIMED = "native.json", "plain.json"
 
 COLUMNS = {
     "naive, float32": ("naive formula", "float32"),
@@ -61,8 +59,8 @@ def main():
     if changes and is_check:
         raise SystemExit(1)
     if not is_check:
-        document = results_file.read(RESULTS / FILES["with"])
-        plots.draw(document, ROOT / "docs", prefix="speed-")
+        plots.draw(results_file.read(RESULTS / TIMED[0]), DOCS, prefix="speed-")
+        study.draw(compiled(), DOCS)
 
 
 def changed_pages(pages, parts):
@@ -74,57 +72,53 @@ def changed_pages(pages, parts):
             yield path, old, new
 
 
+def written(page, parts):
+    """The page with each of the ``parts``, by name, between its marks where it has any.
+
+    The marks are ``<!-- name: begin -->`` and ``<!-- name: end -->``.
+    """
+    for name, text in parts.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        if page.count(begin) > 1 or page.count(begin) != page.count(end):
+            raise ValueError(f"a page has not {begin} and {end}, once each")
+        if begin in page:
+            before, _, rest = page.partition(begin)
+            page = f"{before}{begin}\n\n{text}\n\n{end}{rest.partition(end)[2]}"
+    return page
+
+
 def parts():
     """The generated parts, by name."""
-    timed = {h: results_file.read(RESULTS / name) for h, name in FILES.items()}
-    for having, document in timed.items():
-        if not document.get("complete", True):
-            raise ValueError(f"{FILES[having]}: of a run that was stopped")
-    measured, scale = (
-        json.loads((RESULTS / name).read_text())
-        for name in ("accuracy.json", "scale.json")
-    )
+    timed = [results_file.read(RESULTS / name) for name in TIMED]
+    for name, document in zip(TIMED, timed, strict=True):
+        if not document["complete"]:
+            raise ValueError(f"{name}: of a run that was stopped")
     return {
-        "headline": headline(measured, timed["with"]),
         "means": means(timed),
         "transformations": transformations(TRANSFORMATIONS.read_text()),
-        "accuracy": errors(measured),
-        "speed": speed(timed, digest(PRODUCT_FILES)),
+        "accuracy": errors(json.loads((RESULTS / "accuracy.json").read_text())),
+        "speed": speed(timed),
         "decoding": decoding(results_file.read(RESULTS / "decoding.json")),
-        **study.tables(scale),
+        **study.tables(compiled()),
     }
+
+
+def compiled():
+    return json.loads((RESULTS / "scale.json").read_text())
 
 
 # What README says.
-
-
-def headline(measured, timed):
-    """What the layer gains in mixed precision, in a sentence."""
-    error = {
-        m["layer"]: m["error"]
-        for m in with_default_precision(measured)
-        if (m["dtype"], m["quantity"]) == ("mixed", "∇W")
-    }
-    found = ratios(timed)[COLUMNS["Flax NNX, mixed"]]
-    return (
-        "In mixed precision the relative error of a weight gradient is"
-        f" {error['jaxlinear']:.1e} where Flax's layer has {error['Flax']:.1e}, and a"
-        f" training step is {geometric_mean([*found.values()]):.1f} times as fast"
-        f" ({timed['cpu']['model']} with"
-        " bfloat16 instructions, geometric mean of"
-        f" {len(found)} layers)."
-    )
 
 
 def means(timed):
     """The geometric means of the tables of speed, a line for each machine."""
     chosen = "naive, float32", "naive, mixed", "Flax NNX, mixed", "PyTorch, bfloat16"
     lines = []
-    for having, document in timed.items():
+    for document in timed:
         found = ratios(document)
         columns = (mean(found[COLUMNS[name]]) for name in chosen)
-        lines.append([machine(document, having), *columns])
-    return table(["time of the other / ours", *chosen], lines)
+        lines.append([kind(document) + age(document), *columns])
+    return table(["time/ours", *chosen], lines)
 
 
 def transformations(page):
@@ -149,53 +143,49 @@ def errors(measured):
     """The error of each quantity and layer, with the default precision."""
     cells = {
         (f"{m['dtype']} {m['quantity']}", m["layer"]): m
-        for m in with_default_precision(measured)
+        for m in measured["measurements"]
+        if m["precision"] == "default"
     }
     rows, layers = (list(dict.fromkeys(names)) for names in zip(*cells, strict=True))
 
     def cell(row, layer):
         found = cells.get((row, layer))
-        if found is None:  # Of 8 bits there is our layer alone.
+        if found is None:  # Only our layer has 8 bits.
             return ""
         return f"{found['error']:.1e}{'' if found['is_explained'] else ' (!)'}"
 
     lines = [[row, *(cell(row, layer) for layer in layers)] for row in rows]
     return (
-        f"Relative errors on a {measured['device']}, JAX {measured['jax']},"
-        f" {measured['rows']} rows of {measured['features']} features; (!): more than"
-        f" rounding explains.\n\n{table(['', *layers], lines)}"
+        f"Relative errors on a {measured['device']}, JAX {measured['jax']}, measured on"
+        f" {measured['date'][:10]}, {measured['rows']} rows of {measured['features']}"
+        f" features; (!): more than rounding explains.\n\n{table(['', *layers], lines)}"
     )
 
 
-def with_default_precision(measured):
-    return [m for m in measured["measurements"] if m["precision"] == "default"]
-
-
-def speed(timed, products):
+def speed(timed):
     """All timings of whole steps, for each machine."""
     tables = []
-    for having, document in timed.items():
-        tables += [caption(document, having, products), layers(document)]
-        tables += model(document)
+    for document in timed:
+        tables += [caption(document), layers(document), *model(document)]
     return "\n\n".join(tables)
 
 
-def machine(document, having):
-    model = document.get("cpu", {}).get("model")
-    return f"CPU {having} bfloat16 instructions ({model or document['device']})"
+def kind(document):
+    is_native = document["cpu"]["bfloat16 instructions"] == "yes"
+    return f"CPU {'with' if is_native else 'without'} bfloat16 instructions"
 
 
-def caption(document, having, products):
-    """Where and when, and whether the products have changed since."""
-    commit = document.get("commit")
-    changed = "" if document.get("tree is clean", True) else " with changes"
-    at = f"commit {commit[:7]}{changed}" if commit else "commit not recorded"
-    is_same = document.get("products") == products
-    age = "" if is_same else "; **older than the package's products**"
+def age(document):
+    """What is newer than the figures, as their file says."""
+    return f", **older than {document['older']}**" if "older" in document else ""
+
+
+def caption(document):
+    """Where and when it was measured."""
     cores = document["device"].removeprefix("CPU, ")
     return (
-        f"{machine(document, having)}, {cores}, JAX"
-        f" {document['versions']['jax']}, {document['date'][:10]}, {at}{age}:"
+        f"{kind(document)} ({document['cpu']['model']}), {cores}, JAX"
+        f" {document['versions']['jax']}, measured {stamped(document)}{age(document)}:"
     )
 
 
@@ -234,7 +224,7 @@ def layers(document):
 
 
 def decoding(document):
-    """The forward pass of a few rows: our time, and that of each other over it."""
+    """The forward pass of a few rows: our time, and the others' over it."""
     columns = COLUMNS.values()
     columns = [column for column in columns if column[1] in ("float32", "bfloat16")]
     found = collections.defaultdict(dict)
@@ -260,9 +250,7 @@ def decoding(document):
     for dtype in ("float32", "bfloat16"):
         heading += [f"ours, {dtype}", "temporaries"]
         heading += [name for name, column in COLUMNS.items() if column[1] == dtype]
-    is_native = document["cpu"]["bfloat16 instructions"] == "yes"
-    where = caption(document, "with" if is_native else "without", digest(PRODUCT_FILES))
-    return f"{where}\n\n{table(heading, lines)}"
+    return f"{caption(document)}\n\n{table(heading, lines)}"
 
 
 def model(document):

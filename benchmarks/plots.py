@@ -3,11 +3,11 @@
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.rows import rows_of
+from benchmarks.results_file import rows_of
 
 
 def draw(document, folder, prefix=""):
-    """Write those of the plots for which there are results; returns their paths."""
+    """Write the plots for which there are results; returns their paths."""
     steps = [row for row in rows_of(document) if row.mode == "step"]
     growth = [row for row in steps if row.workload.startswith("growth ")]
     table = [row for row in steps if row not in growth]

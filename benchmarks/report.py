@@ -3,7 +3,7 @@
 import numpy as np
 from rich.table import Table
 
-from benchmarks.rows import OURS, rows_of
+from benchmarks.results_file import OURS, rows_of
 from benchmarks.workloads import DTYPES, MODES, RECIPES
 
 

@@ -1,16 +1,80 @@
-"""The results file: written after each measurement, and read to go on with it."""
+"""The results file: its rows, written after each measurement and read to go on."""
 
+import dataclasses
 import json
 import os
 
-from benchmarks.rows import rows_of
+import numpy as np
 
-MUST_AGREE = "device", "cpu", "versions", "products", "seconds"
+OURS = "jaxlinear"
+MUST_AGREE = "device", "cpu", "versions", "commit", "seconds"
 """What a run must have in common with the file that it goes on with."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One library at one workload, dtype and mode.
+
+    Times are in seconds, as quartiles of the rounds, with the ratio to ours in a round.
+    """
+
+    workload: str
+    rows: int
+    in_features: int
+    out_features: int
+    dtype: str
+    compute_dtype: str
+    mode: str
+    library: str
+    median_s: float
+    low_s: float
+    high_s: float
+    rounds: int
+    ratio_low: float
+    ratio: float
+    ratio_high: float
+    flops_per_s: float
+    bytes_per_s: float
+    least_bytes: int
+    share_of_limit: float
+    relative_error: float
+    peak_bytes: int | None
+    compile_s: float | None
+    temporary_bytes: int | None
+    kept_bytes: int | None  # From the forward to the backward pass.
+
+    @property
+    def cell(self):
+        return self.workload, self.dtype, self.mode
+
+
+def rows_of(document):
+    return [Row(**row) for row in document["results"]]
+
+
+def figures(samples, library):
+    """The fields of a row that come from the rounds of an interleaved measurement.
+
+    A slow library has fewer rounds than ours: it is compared in those that they share.
+    """
+    times, ours = samples[library], samples[OURS]
+    shared = min(len(times), len(ours))
+    ratios = times[:shared] / ours[:shared]
+    low, median, high = map(float, np.quantile(times, [0.25, 0.5, 0.75]))
+    ratio_low, ratio, ratio_high = map(float, np.quantile(ratios, [0.25, 0.5, 0.75]))
+    return {
+        "median_s": median,
+        "low_s": low,
+        "high_s": high,
+        "rounds": len(times),
+        "ratio_low": ratio_low,
+        "ratio": ratio,
+        "ratio_high": ratio_high,
+    }
+
+
 def read(path):
-    """The document in a results file; ValueError, in one line, if it is none."""
+    """The document in a results file; ValueError, in one line, if it has none."""
     try:
         document = json.loads(path.read_text())
         rows_of(document)
@@ -26,15 +90,30 @@ def read(path):
 def write(document, path):
     """Replace the file at once: whoever stops the run leaves the old or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(document, indent=1) + "\n")
+    temporary.write_text(as_json(document))
     os.replace(temporary, path)
+
+
+def as_json(document):
+    """JSON with a line for each value, and for each row of a list of rows."""
+
+    def line(value):
+        return json.dumps(value, ensure_ascii=False)
+
+    def lines(value):
+        if not isinstance(value, list) or not value:
+            return line(value)
+        return "[\n" + ",\n".join(map(line, value)) + "\n]"
+
+    values = (f"{line(name)}: {lines(value)}" for name, value in document.items())
+    return "{\n" + ",\n".join(values) + "\n}\n"
 
 
 def started(path, now, resume):
     """The document to fill: ``now``, or with ``resume`` the one in the file.
 
-    ValueError if the file is no results file, which would be lost, or one with which
-    this run cannot go on.
+    ValueError if the file is not a results file, which would be lost, or if this run
+    cannot go on with it.
     """
     old = read(path) if path.exists() else None
     if old is None or not resume:

@@ -25,10 +25,9 @@ from rich.table import Table
 
 from benchmarks import results_file
 from benchmarks.aot import plots, targets
-from benchmarks.machine import git_state
+from benchmarks.machine import ROOT, stamp
 from benchmarks.progress import Cells
 
-ROOT = pathlib.Path(__file__).parents[2]
 ONE = [f"layer-{dtypes}-bias" for dtypes in ("float32", "bfloat16", "mixed")]
 ONE += ["mlp-mixed-bias"]
 MANY = ["column-mixed-plain", "row-mixed-bias", "mlp-mixed-plain", "mlp-mixed-bias"]
@@ -79,8 +78,7 @@ def run(all_cells, output, console):
     if absent := targets.absent(cell["target"] for cell in all_cells):
         sys.exit(absent)
     output.mkdir(parents=True, exist_ok=True)
-    commit, is_clean = git_state(ROOT)
-    document = {"commit": commit, "tree is clean": is_clean, "rows": [], "failed": []}
+    document = stamp() | {"rows": [], "failed": []}
     with Cells(console, [1] * len(all_cells)) as progress:
         for cell in all_cells:
             name = name_of(cell)
@@ -141,7 +139,7 @@ def main():
     add("--case", action="append", metavar="NAME", help="may be repeated")
     add("--layout", action="append", choices=["data", "fsdp", "tensor", "fsdp_tensor"])
     add("--axes", action="append", choices=["auto", "explicit"])
-    add("--quick", action="store_true", help="on one chip a layer and an MLP alone")
+    add("--quick", action="store_true", help="on one chip only a layer and an MLP")
     add("--output", type=pathlib.Path, default=pathlib.Path("aot_results"))
     options = parser.parse_args()
     options.chips = options.chips or [1, 8]

@@ -9,18 +9,24 @@ import collections
 import dataclasses
 import math
 import re
+from typing import NamedTuple
 
-from jaxlinear.inspect._hlo import bits, collective, is_product, received
+from jaxlinear.inspect._hlo import Instruction, bits, computations
 
-# ROOT %name = bf16[8,4]{1,0} dot(%a, %b), …
-_INSTRUCTION = re.compile(
-    r"^ +(ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)(.*)$", re.MULTILINE
-)
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*?\{\n(.*?)^\}", re.M | re.S)
-_ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
+_CALLS = {"call", "call-start", "async-start"}
+_FUSIONS = {"fusion", "fusion-start"}
 _NO_KERNEL = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
 _NO_KERNEL |= {"after-all", "opt-barrier", "partition-id", "replica-id"}
+_NO_KERNEL |= _CALLS | {"while"}
 _MOVES = {"convert": "converts", "copy": "copies", "transpose": "transposes"}
+
+
+class Program(NamedTuple):
+    """What XLA compiled."""
+
+    computations: dict[str, list[Instruction]]
+    entry: str
+    partitions: int
 
 
 @dataclasses.dataclass
@@ -31,7 +37,7 @@ class Account:
       kernels: how many start.
       bytes: what they read and write.
       flops: floating-point operations of the products, two for each term.
-      moves: how many converts, copies and transposes there are, alone or in a fusion.
+      moves: how many converts, copies and transposes there are, in a fusion or not.
       collectives: bytes of what each device receives, by kind and dtype.
       wire: bytes that each device sends, where devices pass them on in a ring.
     """
@@ -45,10 +51,9 @@ class Account:
     )
     wire: float = 0
 
-    def add(self, other, times=1, with_kernels=True):
-        if with_kernels:
-            self.kernels += times * other.kernels
-            self.bytes += times * other.bytes
+    def add(self, other, times=1):
+        self.kernels += times * other.kernels
+        self.bytes += times * other.bytes
         self.flops += times * other.flops
         self.wire += times * other.wire
         for mine, theirs in (
@@ -61,89 +66,89 @@ class Account:
 
 def account(text):
     """The account of a program."""
-    computations, entry = {}, None
-    for is_entry, name, body in _COMPUTATION.findall(text):
-        computations[name] = _INSTRUCTION.findall(body)
-        entry = name if is_entry else entry
     partitions = re.search(r"num_partitions=(\d+)", text)
-    return _of(computations, entry, int(partitions[1]) if partitions else 1, set())
+    program = Program(*computations(text), int(partitions[1]) if partitions else 1)
+    return _of(program, program.entry, set())
 
 
-def _of(computations, name, partitions, channels):
-    """That of a computation; ``channels`` are those of collectives that were counted.
+def _of(program, name, channels):
+    """The account of a computation, without the collectives of ``channels``.
 
-    A collective that goes on beside others is in several fusions, with one channel.
+    They were counted: one that goes on beside others is in several fusions, with one
+    channel. Those that are counted here join them.
     """
-    total, types = Account(), {}
-    for _, result, type_, opcode, operands, attributes in computations[name]:
-        types[result] = type_
-        read = [types[o] for o in re.findall(r"%([\w.-]+)", operands) if o in types]
-        called = re.findall(r"\b(?:body|to_apply|calls)=%?([\w.-]+)", attributes)
-        if opcode == "while":
-            inner = _of(computations, called[0], partitions, set())
-            total.add(inner, _trips(computations, attributes))
-            continue
-        if opcode in ("call", "call-start", "async-start"):
-            total.add(_of(computations, called[0], partitions, channels))
-            continue
-        is_fusion = opcode in ("fusion", "fusion-start")
-        if is_fusion:
-            inner = _of(computations, called[0], partitions, channels)
-            if "all-reduce-scatter" in called[0]:
-                inner = _scattered(inner, type_)
-            total.add(inner, with_kernels=False)
-        elif kind := collective(opcode):
-            channel = re.search(r"channel_id=(\d+)", attributes)
-            if channel and channel[1] in channels:
+    total = Account()
+    for instruction in program.computations[name]:
+        opcode, kind = instruction.opcode, instruction.collective
+        if kind and instruction.channel:
+            if instruction.channel in channels:
                 continue
-            channels.add(channel and channel[1])
-            arrays = received(opcode, _ARRAY.findall(type_), len(read))
-            size = _group(partitions, attributes)
-            _add_received(total, kind, arrays, size)
-        elif is_product(opcode, attributes):
-            total.flops += _flops(type_, read, attributes)
+            channels.add(instruction.channel)
+        if opcode == "while":
+            inner = _of(program, _called(instruction), set())
+            total.add(inner, _trips(program, instruction))
+        elif opcode in _CALLS:
+            total.add(_of(program, _called(instruction), channels))
+        elif opcode in _FUSIONS:
+            total.add(_fused(program, instruction, channels))
+        elif kind:
+            size = _group(program, instruction)
+            _add_received(total, kind, instruction.received, size)
+        elif instruction.is_product:
+            total.flops += _flops(instruction)
         elif opcode in _MOVES:
             total.moves[_MOVES[opcode]] += 1
-        # The copies into and out of a TPU's fast memory are no kernels: what reads or
-        # wrote the array counts them.
-        is_prefetch = opcode in ("copy-start", "slice-start") and "S(1)" in type_
-        if opcode in _NO_KERNEL or opcode.endswith(("-done", "-update")) or is_prefetch:
-            continue
-        total.kernels += 1
-        if is_fusion:
-            total.bytes += _fusion_bytes(computations[called[0]], read)
-        else:
-            # A library's workspace is bytes: no array of the program.
-            is_library = opcode == "custom-call"
-            written = re.sub(r"\bs8\[\d+\]", "", type_) if is_library else type_
-            total.bytes += sum(map(_bytes, read)) + _bytes(written)
+        if _is_kernel(instruction):
+            total.kernels += 1
+            total.bytes += _kernel_bytes(program, instruction)
     return total
 
 
-def _trips(computations, attributes):
+def _called(instruction):
+    return _found(r"\b(?:body|to_apply|calls)=%?([\w.-]+)", instruction.attributes)
+
+
+def _fused(program, fusion, channels):
+    """What is inside a fusion, which is one kernel."""
+    inner = _of(program, _called(fusion), channels)
+    if "all-reduce-scatter" not in _called(fusion):
+        return dataclasses.replace(inner, kernels=0, bytes=0)
+    # A TPU's fusion of an all-reduce and a slice, which is a reduce-scatter.
+    scattered = Account(flops=inner.flops, moves=inner.moves)
+    size = sum(inner.collectives.values()) // _bytes(fusion.results)
+    _add_received(scattered, "reduce-scatter", fusion.results, size)
+    return scattered
+
+
+def _is_kernel(instruction):
+    # The copies into and out of a TPU's fast memory are not kernels: what reads or
+    # wrote the array counts them.
+    opcode, is_fast = instruction.opcode, "S(1)" in instruction.type
+    is_prefetch = opcode in ("copy-start", "slice-start") and is_fast
+    is_end = opcode.endswith(("-done", "-update"))
+    return not (opcode in _NO_KERNEL or is_end or is_prefetch)
+
+
+def _trips(program, loop):
     """How often a loop runs: as XLA says, or as its counter and its condition do."""
-    known = re.search(r"known_trip_count\W+n\W+(\d+)", attributes)
+    known = re.search(r"known_trip_count\W+n\W+(\d+)", loop.attributes)
     if known:
         return int(known[1])
     condition, body = (
-        {
-            name: rest
-            for _, name, *rest in computations[_found(rf"{p}=%?([\w.-]+)", attributes)]
-        }
-        for p in ("condition", "body")
+        program.computations[_found(rf"{part}=%?([\w.-]+)", loop.attributes)]
+        for part in ("condition", "body")
     )
-    [compared] = [rest for rest in condition.values() if rest[1] == "compare"]
-    assert "direction=LT" in compared[3], "another kind of loop"
-    counter, limit = (condition[o] for o in re.findall(r"%([\w.-]+)", compared[2]))
+    [compared] = (i for i in condition if i.opcode == "compare")
+    assert "direction=LT" in compared.attributes, "another kind of loop"
+    counter, limit = compared.read
     # One iteration may be several steps.
-    [*_, root] = body.values()
-    place = int(_found(r"index=(\d+)", counter[3]))
-    name, step = re.findall(r"%([\w.-]+)", root[2])[place], 0
-    while body[name][1] != "get-tuple-element":
-        assert body[name][1] in ("add", "copy"), "a counter of another kind"
-        name, *added = re.findall(r"%([\w.-]+)", body[name][2])
-        step += sum(int(body[constant][2]) for constant in added)
-    return -(-int(limit[2]) // step)
+    place = int(_found(r"index=(\d+)", counter.attributes))
+    count, step = body[-1].read[place], 0
+    while count.opcode != "get-tuple-element":
+        assert count.opcode in ("add", "copy"), "a counter of another kind"
+        count, *added = count.read
+        step += sum(int(constant.operands) for constant in added)
+    return -(-int(limit.operands) // step)
 
 
 def _found(pattern, text):
@@ -156,13 +161,13 @@ def _found(pattern, text):
 # Products.
 
 
-def _flops(type_, read, attributes):
+def _flops(product):
     """Two for each term of the sums that a product has."""
-    left, right = (_shapes(operand)[0] for operand in read[:2])
-    result = max(_shapes(type_), key=math.prod)
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
+    left, right = (operand.results[0][1] for operand in product.read[:2])
+    result = product.results[0][1]
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", product.attributes)
     if not labels:
-        axes = _found(r"lhs_contracting_dim\w*\W+([\d,\"]*)", attributes)
+        axes = _found(r"lhs_contracting_dim\w*\W+([\d,\"]*)", product.attributes)
         contracted = (left[int(axis)] for axis in re.findall(r"\d+", axes))
         return 2 * math.prod(result) * math.prod(contracted)
     left, right, result = (
@@ -171,7 +176,7 @@ def _flops(type_, read, attributes):
     )
     terms = result["b"] * result["f"] * right["i"]
     for axis in (name for name in result if name.isdigit()):
-        terms *= _taps(left[axis], result[axis], attributes, int(axis))
+        terms *= _taps(left[axis], result[axis], product.attributes, int(axis))
     return 2 * terms
 
 
@@ -196,19 +201,13 @@ def _taps(size, result, attributes, axis):
     return sum(p % inside == 0 and 0 <= p // inside < size for p in places)
 
 
-def _shapes(type_):
-    return [
-        [int(n) for n in shape.split(",") if n] for _, shape in _ARRAY.findall(type_)
-    ]
-
-
 # Collectives.
 
 
 def _add_received(total, kind, arrays, size):
     """Add what each of ``size`` devices receives, and what it sends for it."""
     for dtype, shape in arrays:
-        found = _bytes(f"{dtype}[{shape}]")
+        found = _bytes([(dtype, shape)])
         total.collectives[kind, dtype] += found
         # Each of the others' parts of what is gathered; as much of what is scattered,
         # which is in `size` parts; both for what is reduced everywhere.
@@ -217,16 +216,9 @@ def _add_received(total, kind, arrays, size):
         total.wire += found * sent.get(kind, 1 if "permute" in kind else others)
 
 
-def _scattered(inner, type_):
-    """A TPU's fusion of an all-reduce and a slice, which is a reduce-scatter."""
-    reduced = Account(flops=inner.flops, moves=inner.moves)
-    size = sum(inner.collectives.values()) // _bytes(type_)
-    _add_received(reduced, "reduce-scatter", _ARRAY.findall(type_), size)
-    return reduced
-
-
-def _group(partitions, attributes):
+def _group(program, collective):
     """How many devices take part in one of the groups of a collective."""
+    attributes = collective.attributes
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
     if listed:
         return listed[1].count(",") + 1
@@ -237,49 +229,54 @@ def _group(partitions, attributes):
     if mesh:
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
-    return partitions
+    return program.partitions
 
 
 # Bytes.
 
 
+def _kernel_bytes(program, kernel):
+    if kernel.opcode in _FUSIONS:
+        return _fusion_bytes(program.computations[_called(kernel)], kernel.read)
+    written = kernel.results
+    if kernel.opcode == "custom-call":
+        # A library's workspace is bytes, and not an array of the program.
+        written = [a for a in written if not (a[0] == "int8" and len(a[1]) == 1)]
+    return _bytes(written) + sum(_bytes(operand.results) for operand in kernel.read)
+
+
 def _fusion_bytes(body, read):
-    size = sum(_bytes(type_) for is_root, _, type_, *_ in body if is_root)
-    types = {name: type_ for _, name, type_, *_ in body}
-    users = {}
-    for _, name, _, opcode, operands, _ in body:
-        names = re.findall(r"%([\w.-]+)", operands)
-        for position, operand in enumerate(names):
-            users.setdefault(operand, []).append((opcode, position, name))
-        if opcode == "dynamic-update-slice":
-            size -= _bytes(types[name]) - _bytes(types[names[1]])
-    for _, name, _, opcode, number, _ in body:
-        if opcode != "parameter":
-            continue
-        full, used = _bytes(read[int(number)]), 0
-        for user, position, result in _through_bitcasts(users, name):
-            if user == "dynamic-slice" and position == 0:
-                used += _bytes(types[result])
-            elif user != "dynamic-update-slice" or position:
-                used = full
-                break
-        size += min(full, used)
+    size, users = _bytes(body[-1].results), collections.defaultdict(list)
+    for user in body:
+        for position, operand in enumerate(user.read):
+            users[operand].append((user, position))
+        if user.opcode == "dynamic-update-slice":
+            size -= _bytes(user.results) - _bytes(user.read[1].results)
+    for parameter in body:
+        if parameter.opcode == "parameter":
+            full = _bytes(read[int(parameter.operands)].results)
+            size += _used(users, parameter, full)
     return size
 
 
-def _through_bitcasts(users, name):
-    for opcode, position, result in users.get(name, []):
-        if opcode == "bitcast":
-            yield from _through_bitcasts(users, result)
+def _used(users, parameter, full):
+    """The bytes of a fusion's operand that it reads, of as many as it has."""
+    used = 0
+    for user, position in _through_bitcasts(users, parameter):
+        if user.opcode == "dynamic-slice" and position == 0:
+            used += _bytes(user.results)
+        elif user.opcode != "dynamic-update-slice" or position:
+            return full
+    return min(full, used)
+
+
+def _through_bitcasts(users, array):
+    for user, position in users[array]:
+        if user.opcode == "bitcast":
+            yield from _through_bitcasts(users, user)
         else:
-            yield opcode, position, result
+            yield user, position
 
 
-def _bytes(type_):
-    size = 0
-    for dtype, shape in _ARRAY.findall(type_):
-        elements = 1
-        for n in filter(None, shape.split(",")):
-            elements *= int(n)
-        size += elements * bits(dtype) // 8
-    return size
+def _bytes(arrays):
+    return sum(math.prod(shape) * bits(dtype) // 8 for dtype, shape in arrays)

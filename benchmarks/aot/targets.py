@@ -17,9 +17,7 @@ SETTINGS = {
 
 # Axes of the torus, and the most chips that the compilers here take.
 TPUS = {"v5e": (2, 256), "v6e": (2, 256), "v5p": (3, 8960), "tpu7x": (3, 8192)}
-GPUS = {"h100": {}, "b200": {}}
-GPUS["b200"] = {"{ major: 9 }": "{ major: 10 }", "132": "148"}
-GPUS["b200"] |= {"H100 80GB HBM3": "B200", "12.8.0": "13.0.0"}
+GPUS = ["h100", "b200"]
 TARGETS = [*TPUS, *GPUS]
 GPUS_OF_A_HOST = 8
 
@@ -53,24 +51,21 @@ def devices(target, chips):
     from jax.experimental import topologies
 
     if target in TPUS:
-        shape = _torus(max(chips, 4), TPUS[target][0])
+        shape = torus(max(chips, 4), TPUS[target][0])
         name = f"{target}:{'x'.join(map(str, shape))}"
         found = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
         return found[: chips * len(found) // math.prod(shape)]
-    config = (pathlib.Path(__file__).parent / "h100.txtpb").read_text()
-    for old, new in GPUS[target].items():
-        config = config.replace(old, new)
     hosts = math.ceil(chips / GPUS_OF_A_HOST)
     shape = f"1x{hosts}x{min(chips, GPUS_OF_A_HOST)}"
+    config = pathlib.Path(__file__).with_name(f"{target}.txtpb").read_text()
     return topologies.get_topology_desc(
         platform="cuda", topology_name=shape, topology=shape, target_config=config
     ).devices
 
 
-def _torus(chips, axes):
+def torus(chips, axes):
     """Sizes of the axes of a torus, as even as powers of two allow."""
     exponent = chips.bit_length() - 1
     if 1 << exponent != chips:
         raise ValueError(f"`chips` must be a power of two, got {chips}")
-    sizes = [exponent // axes + (i < exponent % axes) for i in range(axes)]
-    return sorted(1 << size for size in sizes)[:: -1 if axes == 3 and chips < 64 else 1]
+    return [1 << (exponent + i) // axes for i in range(axes)]

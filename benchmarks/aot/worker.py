@@ -14,32 +14,33 @@ from benchmarks.aot import targets
 
 os.environ |= targets.SETTINGS
 
-from benchmarks.aot import account, programs
+from benchmarks.aot import account, programs, sharded
 
 BACKENDS = {"triton": None, "cublas": {"xla_gpu_enable_triton_gemm": False}}
 """Of the products on GPUs. A device chooses between them by timing."""
 
 
 def main(cell):
-    cell = {"chips": 1, "layout": None, "axes": "auto"} | cell
-    target, is_tpu = cell["target"], cell["target"] in targets.TPUS
-    devices = targets.devices(target, cell["chips"])
-    is_sharded = cell["layout"] is not None
-    if not is_sharded:
-        devices = devices[:1]
-    default = programs.CONTENDERS if is_sharded else ["ours", "naive", "Flax"]
-    on_gpus = ["triton"] if is_sharded else BACKENDS
+    target, chips = cell["target"], cell.get("chips", 1)
+    layout, is_tpu = cell.get("layout"), target in targets.TPUS
+    devices = targets.devices(target, chips)
+    if layout is None:
+        devices, default = devices[:1], ["ours", "naive", "Flax"]
+        backends = ["tpu"] if is_tpu else BACKENDS
+    else:
+        default = programs.CONTENDERS
+        backends = ["tpu"] if is_tpu else ["triton"]
     for contender in cell.get("contenders", default):
-        if is_sharded:
-            sizes = programs.SIZES | cell.get("sizes", {})
-            step, arguments = programs.sharded(
-                cell["case"], contender, devices, cell["layout"], cell["axes"], sizes
-            )
+        case = programs.Case.named(cell["case"], contender)
+        if layout is None:
+            step, arguments = programs.on_one(case, devices[0])
         else:
-            step, arguments = programs.on_one(cell["case"], contender, devices[0])
+            sizes = sharded.Sizes(**cell.get("sizes", {}))
+            axes = cell.get("axes", "auto")
+            step, arguments = sharded.sharded(case, devices, layout, axes, sizes)
         platform = "tpu" if is_tpu else "cuda"
         lowered = step.trace(*arguments).lower(lowering_platforms=(platform,))
-        for backend in ["tpu"] if is_tpu else on_gpus:
+        for backend in backends:
             begin = time.perf_counter()
             program = lowered.compile(compiler_options=BACKENDS.get(backend))
             seconds = time.perf_counter() - begin

@@ -2,11 +2,13 @@
 
 import dataclasses
 import re
+from functools import cached_property
 
 # ROOT %name = bf16[8,4]{1,0} dot(%a, %b), …, metadata={op_name="jit(f)/forward/dot"}
 _INSTRUCTION = re.compile(
     r"^ +(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)(.*)$", re.MULTILINE
 )
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*?\{\n(.*?)^\}", re.M | re.S)
 _ARRAY = re.compile(r"\b(pred|[a-z]+(?=\d))(\d*)(\w*)\[([\d,]*)\]")
 _LIBRARY = re.compile(r'custom_call_target="[^"]*(?:gemm|matmul)', re.IGNORECASE)
 _COLLECTIVE = re.compile(
@@ -17,19 +19,38 @@ _LONG_NAMES = {"bf": "bfloat", "f": "float", "c": "complex", "s": "int", "u": "u
 _LONG_NAMES["pred"] = "bool"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Instruction:
-    """One operation: the arrays it returns, the dtypes it reads and its origin."""
+    """One operation: a line of the text, and what can be read from it.
 
+    Attributes:
+      operands: the text in its brackets: names, or a number.
+      read: the instructions among them.
+    """
+
+    type: str
     opcode: str
-    results: tuple[tuple[str, tuple[int, ...]], ...]
-    operand_dtypes: tuple[str, ...]
-    op_name: str
+    operands: str
     attributes: str
+    read: tuple["Instruction", ...] = dataclasses.field(repr=False)
+    op_name: str
+
+    @cached_property
+    def results(self):
+        """The arrays that it returns: the dtype and the shape of each."""
+        return tuple(
+            (_long_name(*dtype), tuple(int(n) for n in shape.split(",") if n))
+            for *dtype, shape in _ARRAY.findall(self.type)
+        )
+
+    @property
+    def operand_dtypes(self):
+        return tuple(r[0] for operand in self.read for r in operand.results[:1])
 
     @property
     def is_product(self):
-        return is_product(self.opcode, self.attributes)
+        is_library = self.opcode == "custom-call" and _LIBRARY.search(self.attributes)
+        return self.opcode in ("dot", "convolution") or bool(is_library)
 
     @property
     def runs_as(self):
@@ -48,58 +69,63 @@ class Instruction:
     @property
     def collective(self):
         """The kind of collective, or None. Of a start and a done, the start is one."""
-        return collective(self.opcode)
+        found = _COLLECTIVE.fullmatch(self.opcode)
+        return found and found[1]
+
+    @property
+    def channel(self):
+        """The number of a collective, which XLA repeats where it makes it async."""
+        found = re.search(r"channel_id=(\d+)", self.attributes)
+        return found and found[1]
 
     @property
     def received(self):
         """The arrays that a collective returns on each device."""
-        return received(self.opcode, self.results, len(self.operand_dtypes))
+        # An asynchronous start may return its operands first, or counters at the end.
+        # Whether an all-reduce does so depends on the version of XLA.
+        has_operands = self.opcode in ("all-gather-start", "reduce-scatter-start") or (
+            self.opcode == "all-reduce-start"
+            and len(self.results) == 2 * len(self.operand_dtypes)
+        )
+        if has_operands:
+            return self.results[len(self.results) // 2 :]
+        is_permute = self.opcode == "collective-permute-start"
+        return self.results[1:2] if is_permute else self.results
 
 
-def is_product(opcode, attributes):
-    is_library = opcode == "custom-call" and _LIBRARY.search(attributes)
-    return opcode in ("dot", "convolution") or bool(is_library)
-
-
-def collective(opcode):
-    found = _COLLECTIVE.fullmatch(opcode)
-    return found and found[1]
-
-
-def received(opcode, results, operands):
-    """Of the results of a collective with so many operands, those that it received."""
-    # An asynchronous start may return its operands first, or counters at the end.
-    # Whether that of an all-reduce does depends on the version of XLA.
-    has_operands = opcode in ("all-gather-start", "reduce-scatter-start") or (
-        opcode == "all-reduce-start" and len(results) == 2 * operands
-    )
-    if has_operands:
-        return results[len(results) // 2 :]
-    return results[1:2] if opcode == "collective-permute-start" else results
+def computations(text):
+    """The instructions of each computation, by its name, and the name of the entry."""
+    found, known, entry = {}, {}, ""
+    for is_entry, name, body in _COMPUTATION.findall(text):
+        found[name] = list(_parsed(body, known))
+        entry = name if is_entry else entry
+    return found, entry
 
 
 def instructions(text):
     """The instructions of a program, in the order of its text."""
-    found, readers = {}, {}
-    for name, type_, opcode, operands, attributes in _INSTRUCTION.findall(text):
-        results = tuple(
-            (_long_name(*dtype), tuple(int(n) for n in shape.split(",") if n))
-            for *dtype, shape in _ARRAY.findall(type_)
-        )
-        op_name = re.search(r'op_name="([^"]*)"', attributes)
-        op_name = op_name[1] if op_name else ""
-        read = [n for n in re.findall(r"([\w.-]+)(?=,|$)", operands) if n in found]
-        for operand in read:
-            readers.setdefault(operand, op_name)
-        dtypes = tuple(r[0] for n in read for r in found[n].results[:1])
-        found[name] = Instruction(opcode, results, dtypes, op_name, attributes)
-    # What XLA made itself may have no origin. It has that of what reads it.
+    found, readers = list(_parsed(text, {})), {}
+    for instruction in found:
+        for operand in instruction.read:
+            readers.setdefault(operand, instruction.op_name)
+    # An instruction that XLA made may have no origin: it gets its reader's.
     return [
         instruction
         if instruction.op_name
-        else dataclasses.replace(instruction, op_name=readers.get(name, ""))
-        for name, instruction in found.items()
+        else dataclasses.replace(instruction, op_name=readers.get(instruction, ""))
+        for instruction in found
     ]
+
+
+def _parsed(text, known):
+    """Yield the instructions of the text, and put them into ``known`` by name."""
+    for name, type_, opcode, operands, attributes in _INSTRUCTION.findall(text):
+        names = re.findall(r"([\w.-]+)(?=,|$)", operands)
+        read = tuple(known[n] for n in names if n in known)
+        origin = re.search(r'op_name="([^"]*)"', attributes)
+        op_name = origin[1] if origin else ""
+        known[name] = Instruction(type_, opcode, operands, attributes, read, op_name)
+        yield known[name]
 
 
 def collectives(program):
@@ -107,8 +133,7 @@ def collectives(program):
     channels = {}
     for position, instruction in enumerate(program):
         if instruction.collective:
-            channel = re.search(r"channel_id=(\d+)", instruction.attributes)
-            channels.setdefault(channel[1] if channel else -position, instruction)
+            channels.setdefault(instruction.channel or -position, instruction)
     return list(channels.values())
 
 

@@ -13,18 +13,10 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import (
-    contenders,
-    marked,
-    measure,
-    pages,
-    plots,
-    report,
-    results_file,
-)
-from benchmarks.machine import digest, processor
+from benchmarks import measure, pages, peers, plots, report, results_file
+from benchmarks.machine import processor
 from benchmarks.model import GPT, model_programs
-from benchmarks.rows import OURS, Row, rows_of
+from benchmarks.results_file import OURS, Row, rows_of
 from benchmarks.timing import Program, interleaved, repeated_on_device
 from benchmarks.workloads import WORKLOADS, problem, work
 
@@ -66,7 +58,7 @@ def test_results_are_a_table_and_json_and_plots_and_compared_with_older_ones(tmp
     assert "regressions" in run.stdout
     document = json.loads((tmp_path / "results.json").read_text())
     described = {"device", "cpu", "date", "versions", "commit", "tree is clean"}
-    assert described | {"products", "ceilings", "overhead"} < document.keys()
+    assert described | {"ceilings", "overhead"} < document.keys()
     assert document["complete"]
     for count in ("3 of 4", "4 of 4"):  # On a pipe a line for each cell.
         assert f"{count}, about " in run.stdout
@@ -170,14 +162,14 @@ def test_a_file_that_cannot_be_gone_on_with_is_refused_and_kept(
     assert path.read_text() == text
 
 
-@pytest.mark.parametrize("library", ["jaxlinear", "naive formula"])
-def test_a_wrong_contender_is_not_timed(library, monkeypatch):
-    def wrong(weight, bias, dtype):
-        apply, parameters = contenders.naive(weight, bias, dtype)
-        return lambda parameters, x: 1.001 * apply(parameters, x), parameters
+def wrong(parameters, x, dtype):
+    return 1.001 * peers.naive(parameters, x, dtype)
 
-    layers = {"jaxlinear": contenders.ours, library: wrong}
-    monkeypatch.setattr(measure, "jax_contenders", lambda: layers)
+
+@pytest.mark.parametrize("library", ["jaxlinear", "naive formula"])
+def test_a_wrong_peer_is_not_timed(library, monkeypatch):
+    layers = {"jaxlinear": peers.ours, library: wrong}
+    monkeypatch.setattr(measure, "jax_peers", lambda: layers)
     monkeypatch.setattr(measure, "pytorch_runs", lambda *arguments: False)
     workload = next(w for w in WORKLOADS if w.name == "MLP, hidden layer")
     message = f"MLP, hidden layer, float32, step: Y of {library} .* bound "
@@ -191,12 +183,8 @@ TINY = GPT(layers=1, in_features=32, heads=2, tokens=8, batch=2, out_features=64
 
 
 def test_a_wrong_layer_of_a_whole_model_is_not_timed(monkeypatch):
-    def wrong(weight, bias, dtype):
-        apply, parameters = contenders.naive(weight, bias, dtype)
-        return lambda parameters, x: 1.001 * apply(parameters, x), parameters
-
-    layers = {"jaxlinear": wrong, "naive formula": contenders.naive}
-    monkeypatch.setattr("benchmarks.model.jax_contenders", lambda: layers)
+    layers = {"jaxlinear": wrong, "naive formula": peers.naive}
+    monkeypatch.setattr("benchmarks.model.jax_peers", lambda: layers)
     allowed = jax.numpy_rank_promotion("allow")
     with allowed, pytest.raises(ArithmeticError, match=r"GPT step, .* of jaxlinear"):
         model_programs(TINY, "float32", "float32", jax.devices()[0])
@@ -264,19 +252,26 @@ def test_the_figures_of_a_page_are_written_and_checked(tmp_path, monkeypatch, ca
 
 def test_a_page_with_half_of_the_marks_is_refused():
     with pytest.raises(ValueError, match=r"has not <!-- a: begin --> and <!-- a: end"):
-        marked.written("<!-- a: begin -->", {"a": "new"})
+        pages.written("<!-- a: begin -->", {"a": "new"})
 
 
-def test_results_are_older_where_the_products_have_changed(tmp_path):
-    file = tmp_path / "product.py"
-    file.write_text("a")
-    before = digest([file])
-    file.write_text("b")
-    document = {"device": "CPU", "versions": {"jax": "0"}, "date": "2026-01-01"}
-    fresh = pages.caption(document | {"products": before}, "with", before)
-    stale = pages.caption(document | {"products": before}, "with", digest([file]))
-    assert "older" not in fresh
-    assert "older than the package's products" in stale
+def test_a_figure_that_is_older_than_the_products_says_so():
+    older = results_file.read(pages.RESULTS / "native.json")
+    fresh = {key: value for key, value in older.items() if key != "older"}
+    said = f"**older than {older['older']}**"
+    for shown in (pages.caption, lambda document: pages.means([document])):
+        assert said in shown(older)
+        assert "older" not in shown(fresh)
+
+
+def test_a_row_of_the_results_is_a_line(tmp_path):
+    path = tmp_path / "results.json"
+    document = {"device": "CPU", "results": [naive_row(1), naive_row(2)], "none": []}
+    results_file.write(document, path)
+    assert json.loads(path.read_text()) == document
+    lines = path.read_text().splitlines()
+    assert [line for line in lines if '"ratio"' in line] == lines[3:5]
+    assert len(lines) == 8
 
 
 def test_the_work_of_a_step_is_that_of_its_products():

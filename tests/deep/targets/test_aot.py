@@ -113,8 +113,25 @@ def test_loops_count_by_their_steps_and_collectives_by_what_is_sent():
     assert found.flops == 2 * 4 * 5 * 8
     # Three iterations, each scatters a quarter of 128 bytes and gathers it again.
     assert found.collectives == {
-        ("reduce-scatter", "f32"): 96,
-        ("all-gather", "f32"): 384,
+        ("reduce-scatter", "float32"): 96,
+        ("all-gather", "float32"): 384,
     }
     assert found.wire == 3 * (3 * 32 + 128 * 3 / 4)
     assert found.kernels == 3 * 3 + 1
+
+
+LIBRARY = """
+ENTRY %main (a: f32[4,8], b: f32[5,8]) -> f32[4,5] {
+  %a = f32[4,8] parameter(0)
+  %b = f32[5,8] parameter(1)
+  %g = (f32[4,5], s8[4096]) custom-call(%a, %b), custom_call_target="__cublas$gemm", \
+backend_config={"gemm_backend_config":{"lhs_contracting_dimensions":["1"]}}
+  ROOT %y = f32[4,5] get-tuple-element(%g), index=0
+}
+"""
+
+
+def test_a_workspace_of_a_library_is_neither_its_result_nor_its_bytes():
+    found = account(LIBRARY)
+    assert found.flops == 2 * 4 * 5 * 8
+    assert (found.kernels, found.bytes) == (1, 4 * (32 + 40 + 20))

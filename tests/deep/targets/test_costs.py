@@ -33,7 +33,7 @@ CASES = {
 # (target, backend, case, cost): by how much ours may exceed the others, and why
 _COTANGENT = "XLA keeps the loss's cotangent in float32 for the bias gradient's sum too"
 _WIDE = "float32 weight gradients: 2 x 16 MiB a layer more to write and to read again"
-_WHOLE = "a weight gradient leaves in float32, with no bfloat16 buffer to reuse"
+_WHOLE = "a weight gradient is returned in float32, with no bfloat16 buffer to reuse"
 _NOISE = "less than a tile of a bias"
 _CASTS = "each bias is cast to float32, in which it is added, by a kernel of its own"
 EXCEPTIONS = {
@@ -132,7 +132,9 @@ def test_reduced_in_the_compute_dtype_it_is_the_naive_formula_to_the_byte(
     of_weights["fsdp_tensor"] = "reduce-scatter"
     kind, sent = of_weights.get(layout), dict(by_kind(naive))
     if kind:
-        sent[kind, "f32"] = sent.get((kind, "f32"), 0) + 2 * sent.pop((kind, "bf16"))
+        sent[kind, "float32"] = sent.get((kind, "float32"), 0) + 2 * sent.pop(
+            (kind, "bfloat16")
+        )
     assert by_kind(ours) == sent
 
 
@@ -162,7 +164,7 @@ def test_a_bias_adds_its_own_gradient_in_float32_and_no_more(target, case, layou
 
 
 # On 64 chips of v5p XLA multiplies what it gathers piece by piece, and reads and writes
-# the sums in between: the naive formula's, too.
+# the sums in between, also the naive formula's.
 @pytest.mark.parametrize(("target", "fewest"), [("h100", 64), ("v5p", 256)])
 def test_operations_and_bytes_of_a_chip_stay_as_they_are(target, fewest):
     figures = []
