@@ -29,7 +29,7 @@ from jaxlinear.inspect._table import table
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RESULTS = ROOT / "benchmarks" / "results"
-TRANSFORMATIONS = ROOT / "docs" / "transformations" / "jax-0.10.2.md"
+TRANSFORMATIONS = ROOT / "docs" / "transformations.md"
 FILES = {"with": "native.json", "without": "plain.json"}
 """Whether the CPU has bfloat16 instructions."""
 

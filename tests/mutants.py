@@ -375,7 +375,7 @@ def _():
 
 @mutant(
     "cotangents without a sharding",
-    "test_table.py::test_the_layer_passes[explicit_sharding_data_parallel]",
+    "test_transformations.py::test_the_layer_passes[explicit_sharding_data_parallel]",
 )
 def _():
     def unsharded(right):
