@@ -13,7 +13,6 @@ import jax
 import pytest
 
 import jaxlinear
-from benchmarks import pages
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -93,6 +92,7 @@ def test_no_block_of_python_is_left_out(page):
 
 def test_figures_of_readme_and_documentation_are_those_of_our_results(monkeypatch):
     """`python -m benchmarks.pages` writes them; results may be older, and say so."""
+    pages = pytest.importorskip("benchmarks.pages")  # It needs matplotlib.
     monkeypatch.setattr(sys, "argv", ["pages", "--check"])
     pages.main()
 

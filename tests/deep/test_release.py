@@ -1,6 +1,5 @@
 """What a release is made of: built, checked, installed where nothing is, and used."""
 
-import email
 import importlib.util
 import os
 import re
@@ -87,13 +86,6 @@ def test_the_version_is_the_same_wherever_it_is_written():
     written = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.M)
     assert written[1] == jaxlinear.__version__
     assert f"## {jaxlinear.__version__} " in (ROOT / "CHANGELOG.md").read_text()
-
-
-def test_the_description_of_the_wheel_is_the_readme(release):
-    archive = zipfile.ZipFile(release[0])
-    metadata = next(n for n in archive.namelist() if n.endswith("/METADATA"))
-    text = email.message_from_bytes(archive.read(metadata)).get_payload(decode=True)
-    assert text.decode().strip() == (ROOT / "README.md").read_text().strip()
 
 
 @pytest.mark.parametrize("tool", ["ruff", "pyright"])
