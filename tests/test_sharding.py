@@ -1,4 +1,4 @@
-"""Explicit meshes and arrays that were made without them. The rest is in rows."""
+"""Explicit meshes and arrays that were made without them."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Every row of `tests/transformations` for `linear`, and what no row shows.
+"""Every row of `tests/transformations` for `linear`, and what the rows do not show.
 
 The layer does what the naive formula does, with the values of float64. The other layers
 are in `deep/test_transformations.py`.

@@ -1,4 +1,4 @@
-"""The tests of the tests: each notices the break that it is there for."""
+"""Each mutant makes the test fail that must notice it."""
 
 import pytest
 from mutants import MUTANTS, killed

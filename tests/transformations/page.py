@@ -1,4 +1,4 @@
-"""The page of the documentation, of what the layer and two others do in each row."""
+"""The page of the documentation: each row for the layer and two others."""
 
 import pathlib
 
@@ -16,7 +16,7 @@ ON_THE_OLDEST = {
     ("custom root in forward mode", PLAIN): "✗ NotImplementedError",
     ("grad of grad of vmap", PLAIN): "✗ 3 times the bytes",
 }
-"""The cells that are others on the oldest JAX than on the newest."""
+"""The cells that differ from those on the newest JAX."""
 
 HEAD = """\
 ---
@@ -30,7 +30,7 @@ hide:
 # Every transformation
 
 Wherever `x @ w.T + b` works, the layer works, with the same values. Each cell is a test, under the oldest and
-the newest JAX. ✓: the values are right, against float64, or the costs no more than the naive formula's. ✗: the
+the newest JAX. ✓: the values are right, against float64, or the costs are at most the naive formula's. ✗: the
 exception, or how much more it costs. The plain `custom_vjp` is the one of
 [the guide](custom-derivative.md). Other tests check the rows for both modules, and those of values for
 bfloat16, float8 and int8 products. A second derivative through float8 or int8 products is refused.
@@ -62,7 +62,7 @@ def _tables(cells, chosen):
 
 
 def text(cells):
-    """The page, of the cells of each row under the newest JAX."""
+    """The page from the cells of each row under the newest JAX."""
 
     def fails(row):
         return any(cell.startswith("✗") for cell in row)
