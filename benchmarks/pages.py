@@ -28,7 +28,7 @@ from jaxlinear.inspect._table import table
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 RESULTS = ROOT / "benchmarks" / "results"
-TRANSFORMATIONS = DOCS / "transformations" / "jax-0.10.2.md"
+TRANSFORMATIONS = DOCS / "transformations.md"
 TIMED = "native.json", "plain.json"
 
 COLUMNS = {

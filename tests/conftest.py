@@ -1,6 +1,5 @@
 """Every strictness that JAX has, and eight devices, for all tests."""
 
-import importlib
 import os
 
 # LLVM takes a quarter of the time of the tests to optimise small programs. XLA's own
@@ -43,8 +42,9 @@ if form := os.environ.get("BFLOAT16_FORM"):
 
 # The package as a mutant has it, for the test that must notice.
 if mutant := os.environ.get("MUTANT"):
-    module, _, name = mutant.partition(":")
-    importlib.import_module(module).MUTANTS[name].breaks()
+    from mutants import MUTANTS
+
+    MUTANTS[mutant].breaks()
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Forward mode and reverse mode are one rule each, whatever is differentiated.
 
-Values are in the table of transformations (`test_table.py`).
+Values are in `test_transformations.py`.
 """
 
 import functools
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracle import naive, random_problem, relative_error, wide
-from table.losses import directions
+from transformations.losses import directions
 
 import jaxlinear
 from jaxlinear import _linear, linear

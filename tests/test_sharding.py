@@ -1,4 +1,4 @@
-"""Explicit meshes and arrays that were made without them; the rest is in the table."""
+"""Explicit meshes and arrays that were made without them."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,8 @@
-"""What the table of transformations (`test_table.py`) does not show."""
+"""Every row of `tests/transformations` for `linear`, and what the rows do not show.
+
+The layer does what the naive formula does, with the values of float64. The other layers
+are in `deep/test_transformations.py`.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +10,26 @@ import numpy as np
 import pytest
 from jax import lax
 from oracle import naive, random_problem, relative_error, wide
+from transformations.layers import LAYERS, LINEAR, NAIVE
+from transformations.measure import ROWS, TOPICS, check, rows_of
+from transformations.page import in_words, recorded
 
 from jaxlinear import linear
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_the_layer_passes(row):
+    check(ROWS[row], LINEAR, LAYERS[LINEAR])
+
+
+def test_no_row_has_the_name_of_another():
+    assert len(ROWS) == sum(len(rows_of(module)) for module in TOPICS.values())
+
+
+def test_the_page_has_every_row_and_no_failure_of_the_layer_or_the_naive_formula():
+    cells = recorded()
+    assert {row for row, _ in cells} == set(map(in_words, ROWS))
+    assert {cells[row, c] for row, _ in cells for c in (LINEAR, NAIVE)} == {"✓"}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -1,4 +1,4 @@
-"""The table of transformations under the flags of JAX's next implementations.
+"""The rows of `tests/transformations` under the flags of JAX's next implementations.
 
 They are read when JAX is imported, so each runs in a process of its own. The yardstick
 is the naive formula: what it cannot do under a flag, the layer need not. For JAX_REMAT3
@@ -20,8 +20,8 @@ FAILURES = """
 import conftest, json, sys
 from jax.ad_checkpoint import checkpoint_name
 from oracle import naive
-from table.layers import LAYERS
-from table.measure import ROWS, outcome
+from transformations.layers import LAYERS, LINEAR
+from transformations.measure import ROWS, outcome
 
 def named(*arguments, **options):
     return checkpoint_name(naive(*arguments, **options), "linear")
@@ -30,7 +30,7 @@ def failures(layer, rows):
     outcomes = {row: outcome(ROWS[row], "", layer) for row in rows}
     return {row: cell for row, cell in outcomes.items() if cell != "✓"}
 
-ours = failures(LAYERS["`linear`"], ROWS)
+ours = failures(LAYERS[LINEAR], ROWS)
 print(json.dumps([ours, failures({"naive": naive, "named": named}[sys.argv[1]], ours)]))
 """
 

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from table.losses import EVERY, loss
+from transformations.losses import EVERY, loss
 
 
 def one_axis(layer, x, weight, bias):

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from table.losses import EVERY, directions, loss
+from transformations.losses import EVERY, directions, loss
 
 
 def grad(layer, *arrays):

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax import export, lax
-from table.losses import EVERY, loss
+from transformations.losses import EVERY, loss
 
 import jaxlinear
 

@@ -7,7 +7,7 @@ products on CPU leave their accumulator.
 import jax
 import jax.numpy as jnp
 from oracle import naive
-from table.losses import EVERY
+from transformations.losses import EVERY
 
 ROWS, IN, OUT, MAPPED = 16, 128, 256, 32
 TYPES = {"x": (ROWS, IN), "weight": (OUT, IN), "bias": (OUT,)}

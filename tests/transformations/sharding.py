@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from table.losses import EVERY, loss
+from transformations.losses import EVERY, loss
 
 
 def _mesh(axis_type):

@@ -5,9 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
-ENVIRONMENT.pop("XLA_FLAGS", None)  # A user has not the eight devices of these tests.
+ENVIRONMENT.pop(
+    "XLA_FLAGS", None
+)  # A user does not have the eight devices of these tests.
 
 
 def run(folder, name, *flags):
@@ -22,7 +24,7 @@ def run(folder, name, *flags):
 
 
 def printed_by(folder, name, *flags):
-    """What an example prints that ends well, and has no warning."""
+    """What an example prints if it succeeds without a warning."""
     result = run(folder, name, *flags)
     assert (result.returncode, result.stderr) == (0, ""), result.stdout
     return result.stdout

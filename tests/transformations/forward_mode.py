@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.jet import jet as taylor_series
-from table.losses import EVERY, directions, loss
+from transformations.losses import EVERY, directions, loss
 
 import jaxlinear
 

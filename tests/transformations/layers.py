@@ -1,4 +1,4 @@
-"""The columns: the same layer written in nine ways, each a function of its arrays."""
+"""The same layer written in eight ways, each a function of its arrays."""
 
 import functools
 
@@ -38,15 +38,12 @@ def plain_custom_vjp(x, weight, bias=None, dtype=None, out_sharding=None):
     return _plain_rule(*arrays)
 
 
-def in_nnx(module_type, x, weight, bias=None, dtype=None, out_sharding=None):
+def in_nnx(x, weight, bias=None, dtype=None, out_sharding=None):
     options = {"use_bias": bias is not None, "dtype": dtype}
     module = nnx.eval_shape(
-        lambda: module_type(*weight.shape[::-1], rngs=nnx.Rngs(0), **options)
+        lambda: jaxlinear.nnx.Linear(*weight.shape[::-1], rngs=nnx.Rngs(0), **options)
     )
-    if module_type is nnx.Linear:
-        module.kernel = nnx.Param(weight.T)
-    else:
-        module.weight = nnx.Param(weight)
+    module.weight = nnx.Param(weight)
     if bias is not None:
         module.bias = nnx.Param(bias)
     return module(x, out_sharding=out_sharding)
@@ -58,17 +55,14 @@ def in_linen(x, weight, bias=None, dtype=None, out_sharding=None):
     return module.apply({"params": params}, x, out_sharding)
 
 
-OURS = {
-    "`linear`": jaxlinear.linear,
-    "`linear`, bfloat16": functools.partial(jaxlinear.linear, dtype="bfloat16"),
-    "`linear`, float8": functools.partial(jaxlinear.linear, products=jaxlinear.FLOAT8),
-    "`linear`, int8": functools.partial(jaxlinear.linear, products=jaxlinear.INT8),
-    "our `nnx.Linear`": functools.partial(in_nnx, jaxlinear.nnx.Linear),
-    "our `linen.Linear`": in_linen,
+LINEAR, NAIVE, PLAIN = "`linear`", "`x @ w.T + b`", "plain `custom_vjp`"
+LAYERS = {
+    LINEAR: jaxlinear.linear,
+    NAIVE: naive,
+    PLAIN: plain_custom_vjp,
+    "bfloat16": functools.partial(jaxlinear.linear, dtype="bfloat16"),
+    "float8": functools.partial(jaxlinear.linear, products=jaxlinear.FLOAT8),
+    "int8": functools.partial(jaxlinear.linear, products=jaxlinear.INT8),
+    "nnx": in_nnx,
+    "linen": in_linen,
 }
-PEERS = {
-    "`x @ w.T + b`": naive,
-    "Flax's `nnx.Linear`": functools.partial(in_nnx, nnx.Linear),
-    "plain `custom_vjp`": plain_custom_vjp,
-}
-LAYERS = OURS | PEERS
