@@ -110,7 +110,7 @@ def test_a_converted_model_trains_as_the_model_of_flax(dtype, tolerance):
     assert list(report.converted) == [
         f"blocks.{i}.{name}" for i in range(2) for name in [*projections, "down", "up"]
     ]
-    assert report.left_alone == {"adapted.base_module": "it is inside of LoRA"}
+    assert report.left_alone == {"adapted.base_module": "it is inside LoRA"}
     assert model.blocks[2] is model.blocks[0]
     assert isinstance(model.blocks[1].attention.out, Linear)
     for _ in range(2):
@@ -195,17 +195,17 @@ def test_what_has_its_own_way_to_a_product_is_left_alone_and_reported():
     )
     report = convert(model)
     assert report.left_alone == {
-        "adapted.base_module": "it is inside of LoRA",
+        "adapted.base_module": "it is inside LoRA",
         "custom": "it has a dot_general_cls",
         "einsum": "it is an Einsum",
         "general": "it has a batch_axis",
         "lora": "LoRALinear is a subclass",
         "marked": "it has an attribute of its own: mask",
         "narrow": "its preferred_element_type is not wider than its dtype",
-        "normed.layer_instance": "it is inside of WeightNorm",
+        "normed.layer_instance": "it is inside WeightNorm",
         "product": "it has a dot_general",
         "promotion": "it has a promote_dtype",
-        "spectral.layer_instance": "it is inside of SpectralNorm",
+        "spectral.layer_instance": "it is inside SpectralNorm",
         "subclass": "Own is a subclass",
         "tied": "its kernel is also reader.0",
         "whole": "its param_dtype is not a floating dtype",

@@ -1,5 +1,6 @@
 """`in_every_mode` with other ops than the layer, against autodiff of the formula."""
 
+import dataclasses
 import functools
 import itertools
 import pathlib
@@ -58,7 +59,7 @@ def gain_formula(x, s):
     return x * s
 
 
-TERMS = {"x": Term("S"), "s": Term("X", contracted=0)}
+TERMS = {"s": Term("X", contracted=0)}
 GAINS = {
     "nothing said": in_every_mode(_gain, _gain_differential),
     "terms": in_every_mode(_gain, _gain_differential, terms=TERMS),
@@ -320,6 +321,23 @@ def gradients(op, dtype="float32"):
 
 
 WRONG = {
+    "a result of another dtype": (
+        {
+            "forward": lambda x, s: (
+                (x.value * s.value).astype("bfloat16"),
+                Kept(x.value, s.value),
+            )
+        },
+        r"the forward rule of gain_formula must return float32\[3, 4\], got bfloat16",
+    ),
+    "a result of another structure": (
+        {"forward": lambda x, s: ((x.value * s.value,), Kept(x.value, s.value))},
+        "the forward rule of gain_formula must return what the op returns",
+    ),
+    "a tangent of another shape": (
+        {"differential": lambda kept, tangents: tangents[0].sum()},
+        r"differential of gain_formula must return float32\[3, 4\], got float32\[\]",
+    ),
     "a cotangent of another dtype": (
         {
             "backward": lambda kept, G: (
@@ -367,7 +385,7 @@ def test_what_has_no_such_rules_is_refused(op):
 
 
 @pytest.mark.parametrize(
-    "names", [{"terms": {"y": Term("X")}}, {"linear_in": [["x"], ["y"]]}], ids=str
+    "names", [{"terms": {"y": Term("X", 0)}}, {"linear_in": [["x"], ["y"]]}], ids=str
 )
 def test_names_that_the_op_does_not_have_are_refused(names):
     (name,) = names
@@ -401,3 +419,258 @@ def test_the_folder_works_as_a_copy_without_the_package(tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(program)]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.stdout == "6.0 6.0\n", run.stderr
+
+
+# Ops and residuals of other kinds.
+
+
+def other(function, forward, backward, differential, nondiff_argnums=(), **names):
+    op = jax.custom_vjp(function, nondiff_argnums)
+    op.defvjp(forward, backward, symbolic_zeros=True)
+    return in_every_mode(op, differential, **names)
+
+
+def sine(as_kept, from_kept):
+    return other(
+        jnp.sin,
+        lambda x: (jnp.sin(x.value), as_kept(x.value)),
+        lambda kept, G: (G * jnp.cos(from_kept(kept)),),
+        lambda kept, tangents: tangents[0] * jnp.cos(from_kept(kept)),
+    )
+
+
+@dataclasses.dataclass
+class LooksAtItsArray:
+    x: Any
+
+    def __post_init__(self):
+        assert isinstance(self.x.shape, tuple)
+
+
+jax.tree_util.register_dataclass(LooksAtItsArray)
+
+RESIDUALS = {
+    "an array": (lambda x: x, lambda kept: kept),
+    "a tuple": (lambda x: (None, x), lambda kept: kept[1]),
+    "a list": (lambda x: [x], lambda kept: kept[0]),
+    "a dict": (lambda x: {"x": x, "a": ()}, lambda kept: kept["x"]),
+    "a partial": (
+        lambda x: jax.tree_util.Partial(jnp.add, x),
+        lambda kept: kept(jnp.zeros(())),
+    ),
+    "a node that looks at its array": (LooksAtItsArray, lambda kept: kept.x),
+}
+
+
+@pytest.mark.parametrize(("as_kept", "from_kept"), RESIDUALS.values(), ids=RESIDUALS)
+@pytest.mark.parametrize("name", ["gradients", "jvp", "hessian"])
+def test_residuals_may_be_any_tree(name, as_kept, from_kept):
+    op, x = sine(as_kept, from_kept), jnp.arange(6.0).reshape(2, 3)
+
+    def derivative(op):
+        mapped = jax.vmap(op)
+        if name == "gradients":
+            return jax.grad(lambda x: mapped(x).sum())(x)
+        if name == "jvp":
+            return jax.jvp(mapped, (x,), (x,))
+        return jax.hessian(lambda x: mapped(x).sum())(x)
+
+    assert_close(derivative(op), derivative(jnp.sin))
+
+
+@pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0)])
+@pytest.mark.parametrize("length", [3, 4])
+def test_a_residual_of_which_a_part_is_mapped(length, axes):
+    op = other(
+        gain_formula,
+        lambda x, s: (x.value * s.value, ({"x": x.value, "s": [s.value]},)),
+        lambda kept, G: (G * kept[0]["s"][0], G * kept[0]["x"]),
+        lambda kept, t: sum(
+            [
+                dx * other
+                for dx, other in zip(t, (kept[0]["s"][0], kept[0]["x"]), strict=True)
+                if dx is not None
+            ]
+        ),
+    )
+    x, s = drawn((length,), (length,))
+    x = x if axes[0] is None else jnp.stack([x, 2 * x, 3 * x])
+    s = s if axes[1] is None else jnp.stack([s, 2 * s, 3 * s])
+
+    def gradients(op):
+        return jax.grad(loss(jax.vmap(op, axes)), (0, 1))(x, s)
+
+    assert_close(gradients(op), gradients(gain_formula))
+
+
+def test_the_type_of_a_static_argument_counts():
+    def divided(x, n):
+        return x / n if isinstance(n, float) else x // n
+
+    op = other(
+        divided,
+        lambda x, n: (divided(x.value, n), ()),
+        lambda n, kept, G: (G,),
+        lambda n, kept, t: t[0],
+        nondiff_argnums=(1,),
+    )
+    assert (op(jnp.float32(5), 2), op(jnp.float32(5), 2.0)) == (2.0, 2.5)
+
+
+def test_a_collective_over_the_axis_of_vmap():
+    def centred(x):
+        return x - jax.lax.pmean(x, "i")
+
+    op = other(
+        centred,
+        lambda x: (centred(x.value), ()),
+        lambda kept, G: (centred(G),),
+        lambda kept, t: centred(t[0]),
+    )
+    x = jnp.arange(5.0)
+
+    def of(op):
+        mapped = jax.vmap(op, axis_name="i")
+        return mapped(x), jax.jvp(mapped, (x,), (x**2,)), jax.vjp(mapped, x)[1](x**2)
+
+    assert_close(of(op), of(centred))
+
+
+def test_a_result_of_integers_has_no_tangent():
+    def sorted_(x):
+        return jnp.sort(x) ** 2, jnp.argsort(x)
+
+    def forward(x):
+        return sorted_(x.value), x.value
+
+    def backward(x, G):
+        order = jnp.argsort(x)
+        return (jnp.zeros_like(x).at[order].set(2 * G[0] * x[order]),)
+
+    def differential(x, tangents):
+        order = jnp.argsort(x)
+        return (2 * x * tangents[0])[order], np.zeros(x.shape, jax.dtypes.float0)
+
+    op, x = other(sorted_, forward, backward, differential), drawn((5,))[0]
+    for derivative in jax.grad, jax.jacfwd, jax.hessian:
+        found = derivative(lambda x: jnp.sin(op(x)[0]).sum())(x)
+        assert_close(found, derivative(lambda x: jnp.sin(jnp.sort(x) ** 2).sum())(x))
+
+
+def test_a_backward_rule_gets_cotangents_in_the_dtype_of_the_result():
+    def scaled(x, s, w):
+        return x + s * w
+
+    dtypes = []
+
+    def backward(kept, G):
+        dtypes.append(G.dtype)
+        return G, G * kept[0], None
+
+    op = other(
+        scaled,
+        lambda x, s, w: (scaled(x.value, s.value, w.value), (w.value,)),
+        backward,
+        lambda kept, t: t[0],
+    )
+    xs, ones = jnp.ones((5, 4), "bfloat16"), jnp.ones(4, "bfloat16")
+    jax.grad(lambda x, s: jax.vmap(op, (0, None, None))(x, s, ones).sum(), (0, 1))(
+        xs, ones
+    )
+    assert {*dtypes} == {jnp.dtype("bfloat16")}
+
+
+@pytest.mark.parametrize("sets", [[["x"], ["s"]], [["x", "p"], ["x"]], []], ids=str)
+def test_taylor_series_of_an_op_with_a_third_argument(sets):
+    def formula(x, s, p):
+        return x * s * jnp.exp(p)
+
+    def differential(kept, tangents):
+        return jax.jvp(formula, kept, tangents)[1]
+
+    op = other(
+        formula,
+        lambda *a: (formula(*(p.value for p in a)), tuple(p.value for p in a)),
+        lambda kept, G: jax.vjp(formula, *kept)[1](G),
+        differential,
+        linear_in=sets,
+    )
+    primals, series = (0.7, 1.3, 0.2), ([1.0, 0.3], [0.5, 0.1], [0.2, 0.4])
+    primals = [jnp.float32(p) for p in primals]
+    series = [[jnp.float32(c) for c in one] for one in series]
+    assert_close(jet(op, primals, series), jet(formula, primals, series))
+
+
+def test_taylor_series_of_a_tangent_that_is_no_product():
+    class KX(NamedTuple):
+        x: Any
+
+    op = other(
+        jnp.sin,
+        lambda x: (jnp.sin(x.value), KX(x.value)),
+        lambda kept, G: (G * jnp.cos(kept.x),),
+        lambda kept, t: t[0] * jnp.cos(kept.x),
+        terms={"x": Term("x", contracted=0)},
+    )
+
+    def of(f):
+        return jet(lambda x: jax.jvp(f, (x,), (1.0,))[1], (0.7,), ([1.0, 0.3, 0.1],))
+
+    assert_close(of(op), of(jnp.sin))
+
+
+def test_eager_gradients_of_a_map_run_the_backward_rule_once():
+    calls = []
+
+    def backward(kept, G):
+        calls.append(G)
+        return _gain_backward(kept, G)
+
+    op = op_with(backward=backward)
+    x, s = drawn((3, 4), (4,))
+    jax.grad(loss(jax.vmap(op, (0, None))), (0, 1))(x, s)
+    assert len(calls) == 1
+
+
+REFUSED = {
+    "several arguments without names": (
+        lambda *xs: xs[0],
+        r"must have positional arguments with names, got .*\(\*xs\)",
+    ),
+    "an argument by name": (
+        lambda x, *, n=2.0: x * n,
+        r"must have positional arguments with names, got .*\(x, \*, n=2.0\)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("function", "message"), REFUSED.values(), ids=REFUSED)
+def test_arguments_that_have_no_place_are_refused(function, message):
+    with pytest.raises(TypeError, match=message):
+        other(function, lambda x: (x.value, ()), lambda r, G: (G,), lambda r, t: t[0])
+
+
+def test_a_tree_for_an_argument_is_refused():
+    with pytest.raises(TypeError, match="`x` of gain_formula must be an array or None"):
+        op_with()({"x": jnp.ones(3)}, jnp.ones(3))
+
+
+def test_rules_that_are_registered_again_without_symbolic_zeros_are_refused():
+    op = jax.custom_vjp(gain_formula)
+    op.defvjp(_gain_forward, _gain_backward, symbolic_zeros=True)
+    gain = in_every_mode(op, _gain_differential)
+    op.defvjp(lambda x, s: (x * s, (x, s)), _gain_backward)
+    with pytest.raises(TypeError, match=r"must be a jax.custom_vjp with rules by"):
+        gradients(gain)
+
+
+def test_a_traced_array_that_the_op_closes_over_is_refused():
+    @jax.jit
+    def closing(c, x):
+        op = sine(lambda x: x * c, lambda kept: kept)
+        of_c = jax.custom_vjp(lambda x: x * c)
+        of_c.defvjp(lambda x: (x.value * c, ()), lambda r, G: (G,), symbolic_zeros=True)
+        return op(x) + in_every_mode(of_c, lambda r, t: t[0])(x)
+
+    with pytest.raises(TypeError, match="must not close over a traced array"):
+        closing(2.0, jnp.ones(2))

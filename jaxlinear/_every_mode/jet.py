@@ -7,8 +7,8 @@ from jax import lax
 from jax.experimental.jet import jet, jet_rules
 from jax.extend.core.primitives import cond_p, name_p
 
-from .linear_map import linear_map_p, one_level, slots_of
-from .op import every_mode_p, slots_of_op
+from .linear_map import linear_map_p, names_of
+from .op import every_mode_p, names_of_arrays
 
 
 def jet_of_program(primals, series, *, call_jaxpr, **_):
@@ -18,27 +18,24 @@ def jet_of_program(primals, series, *, call_jaxpr, **_):
 
 
 def _jet_of_op(primals, series, **params):
-    """The series of an op that is linear in each of two sets of arguments."""
-    op, slots = params["op"], slots_of_op(params["tree"])
-    if len(op.linear_in) != 2:
+    op = params["op"]
+    if not op.is_multilinear:
         return jet_of_program(primals, series, **params)
-    first, second = op.linear_in
-    names = [op.arguments[slot] for slot in slots]
+    names, (first, second) = names_of_arrays(op, params["tree"]), op.linear_in
     is_factor = [name not in first for name in names]
     is_added = [name in first and name in second for name in names]
     return _jet_of_products(every_mode_p, primals, series, is_factor, is_added, params)
 
 
 def _jet_of_linear_map(primals, series, **params):
-    """The series of tangents, each multiplied by one residual or by none."""
-    op, slots = params["op"], slots_of(params["tree"])
-    if op.terms.keys() != {*op.arguments}:
+    """The series of a sum of tangents, each multiplied by one residual or by none."""
+    op = params["op"]
+    if not op.is_multilinear or op.terms.keys() != {*op.arguments}:
         return jet_of_program(primals, series, **params)
-    residuals, _ = params["tree"].unflatten(primals)
-    count = len(one_level(residuals)[0])
-    is_factor = [slot < count for slot in slots]
-    added = [op.terms[name].residual is None for name in op.arguments]
-    is_added = [slot >= count and added[slot - count] for slot in slots]
+    of_residuals, of_tangents = names_of(op, params["tree"])
+    is_factor = [True] * len(of_residuals) + [False] * len(of_tangents)
+    is_added = [False] * len(of_residuals)
+    is_added += [op.terms[name].residual is None for name in of_tangents]
     return _jet_of_products(linear_map_p, primals, series, is_factor, is_added, params)
 
 

@@ -3,7 +3,7 @@
 A mapped axis becomes one more leading axis where everything that has leading axes is
 mapped, and nothing else. Otherwise the equation stays one equation, with a level for
 each `jax.vmap` around it, the innermost first. Its value is that of a function under as
-many `jax.vmap`. Its transpose is made operand by operand.
+many `jax.vmap`. Its transpose is the backward rule, mapped or contracted.
 """
 
 from functools import partial
@@ -18,54 +18,55 @@ class Term(NamedTuple):
 
     Attributes:
       residual: the name of the one residual that it reads, or None.
-      contracted: how the backward rule sums over an axis that is mapped, but not in the
-        argument. The residual, if there is one, then has that axis first, and the
-        cotangent of the result has it here. None: the backward rule is mapped, and its
-        results are summed.
+      contracted: where the cotangent G of the result gets an axis that is mapped, but
+        not in the argument, so that the backward rule sums over it. The residual, if
+        there is one, has that axis first. Where only G is mapped, it is summed before,
+        in float32 at least.
     """
 
     residual: str | None
-    contracted: int | None = None
+    contracted: int
 
 
 class Level(NamedTuple):
-    """One `jax.vmap`, over the first axis of the arrays in the slots with a 0."""
+    """One `jax.vmap`, over the first axis of the arrays with a 0 in ``axes``."""
 
-    axes: tuple[int | None, ...]  # of every slot, filled or not
+    axes: tuple[int | None, ...]
     axis_size: int
+    axis_name: Any
     spmd_axis_name: Any
 
     def mapped(self, function, in_axes):
-        size, name = self.axis_size, self.spmd_axis_name
-        return jax.vmap(function, in_axes, axis_size=size, spmd_axis_name=name)
+        names = {"axis_name": self.axis_name, "spmd_axis_name": self.spmd_axis_name}
+        return jax.vmap(function, in_axes, axis_size=self.axis_size, **names)
 
 
-def under_levels(levels, slots, function, copies=1):
-    """``function`` of a list of the arrays in ``slots``, or of several such lists."""
+def under_levels(levels, function, copies=1):
+    """``function`` of a list of all arrays, or of several such lists."""
     for level in levels:
-        axes = [level.axes[slot] for slot in slots]
+        axes = [*level.axes]
         axes = axes if copies == 1 else [axes] * copies
         function = level.mapped(function, (axes,))
     return function
 
 
-def batched(axis, arrays, places, slots, has_leading_axes, levels):
+def batched(axis, arrays, places, has_leading_axes, levels):
     """The arrays and the levels under one more `jax.vmap`, and where results have it.
 
     ``places`` are the mapped axes of the arrays, or None, and ``has_leading_axes`` says
-    of every slot whether it has the leading axes of the result.
+    of every array whether it has the leading axes of the result.
     """
-    mapped = {s for s, p in zip(slots, places, strict=True) if p is not None}
-    if not mapped:
+    mapped = [place is not None for place in places]
+    if not any(mapped):
         return arrays, levels, None
-    if mapped == {slot for slot in slots if has_leading_axes[slot]}:
+    if mapped == has_leading_axes:
         # Behind the axes of the levels, which are the first.
-        new = [_depth(levels, slot) for slot in slots]
+        new = [_depth(levels, k) for k in range(len(arrays))]
         place = len(levels)
     else:
-        new, place = [0] * len(slots), 0
-        axes = tuple(0 if s in mapped else None for s in range(len(has_leading_axes)))
-        levels = (*levels, Level(axes, axis.size, axis.spmd_name))
+        new, place = [0] * len(arrays), 0
+        axes = tuple(0 if is_mapped else None for is_mapped in mapped)
+        levels = (*levels, Level(axes, axis.size, axis.name, axis.spmd_name))
     moved = [
         array if old is None else jnp.moveaxis(array, old, to)
         for array, old, to in zip(arrays, places, new, strict=True)
@@ -73,40 +74,64 @@ def batched(axis, arrays, places, slots, has_leading_axes, levels):
     return moved, levels, place
 
 
-def _depth(levels, slot):
-    """Over how many axes the array in a slot is mapped."""
-    return sum(level.axes[slot] == 0 for level in levels)
+def _depth(levels, k):
+    """Over how many axes array ``k`` is mapped."""
+    return sum(level.axes[k] == 0 for level in levels)
 
 
-def cotangent(backward, slot, read, contracted, residuals, G, levels):
-    """The cotangent of the operand in ``slot``, by ``backward(residuals, G)``.
+def mapped_cotangents(backward, wanted, residuals, G, levels):
+    """The cotangents of operands, from ``backward(residuals, G)`` for each element.
 
-    The residuals are in the first slots, and ``read`` are the slots of those that the
-    backward rule reads for it. Where elements are summed, it has float32 at least.
+    The residuals are the first arrays, and ``wanted`` are the places of the operands
+    among the arrays and in the tuple of cotangents. Where an operand is not mapped,
+    elements are summed, in float32 at least.
     """
-    only = [r if k in read else None for k, r in enumerate(residuals)]
 
+    def of_wanted(residuals, G):
+        every = backward(residuals, G)
+        return {k: every[k] for k in wanted}
+
+    for level in levels:
+        axes = [*level.axes[: len(residuals)]]
+        shared = {k for k, place in wanted.items() if level.axes[place] is None}
+        of_wanted = _summed(level.mapped(of_wanted, (axes, 0)), shared)
+    return of_wanted(residuals, G)
+
+
+def _summed(backward, shared):
+    def summed(residuals, G):
+        found = backward(residuals, G)
+        return {
+            k: jax.tree.map(_sum, c) if k in shared else c for k, c in found.items()
+        }
+
+    return summed
+
+
+def contracted_cotangent(backward, place, reads, contracted, residuals, G, levels):
+    """The cotangent of one operand, from ``backward(residuals, G)`` that contracts.
+
+    ``place`` is the operand's among the arrays. ``residuals`` are the arrays of the one
+    residual that it reads, at the places ``reads``, all mapped at the same levels.
+    """
     for number, level in enumerate(levels):
-        axes = [level.axes[k] if k in read else None for k in range(len(residuals))]
-        if level.axes[slot] == 0:
+        axes = [level.axes[k] for k in reads]
+        if level.axes[place] == 0:
             backward = level.mapped(backward, (axes, 0))
-        elif contracted is not None and not read:
+        elif not reads:
             backward = _contracted(backward, 0, number)
         elif 0 not in axes:
             backward = _of_the_sum(backward)
-        elif contracted is None:
-            backward = _summed(level.mapped(backward, (axes, 0)))
         else:
             # Behind the axes of the inner levels, and before those of the outer ones.
-            (residual,) = read
             outer = sum(
-                outer.axes[slot] is None and outer.axes[residual] == 0
+                outer.axes[place] is None and outer.axes[reads[0]] == 0
                 for outer in levels[number + 1 :]
             )
-            place = contracted - outer if contracted else number
-            inner = _depth(levels[:number], residual)
-            backward = _contracted(backward, inner, place)
-    return backward(only, G)
+            to = contracted - outer if contracted else number
+            inner = _depth(levels[:number], reads[0])
+            backward = _contracted(backward, inner, to)
+    return backward(residuals, G)
 
 
 def _contracted(backward, residual_axis, cotangent_axis):
@@ -119,10 +144,6 @@ def _contracted(backward, residual_axis, cotangent_axis):
         return backward(residuals, jax.tree.map(to, G))
 
     return of_one_more_axis
-
-
-def _summed(backward):
-    return lambda residuals, G: jax.tree.map(_sum, backward(residuals, G))
 
 
 def _of_the_sum(backward):

@@ -7,12 +7,13 @@ rule for reverse mode. A tangent that carries its transpose has both.
 is a primitive, and JAX knows it by four rules: value, derivative, transpose, batching.
 """
 
-from functools import cache, partial
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jax.interpreters import ad, batching
 
-from .levels import batched, cotangent, under_levels
+from .levels import batched, contracted_cotangent, mapped_cotangents, under_levels
 from .open import OpenPrimitive
 
 
@@ -27,19 +28,6 @@ def linear_map(op, static, residuals, tangents, results):
     return jax.tree.unflatten(results, linear_map_p.bind(*arrays, op=op, **parameters))
 
 
-@cache
-def slots_of(tree):
-    """The slot of every array: which residual or tangent it is, or is a part of."""
-    residuals, tangents = tree.unflatten(range(tree.num_leaves))
-    every = enumerate((*one_level(residuals)[0], *tangents))
-    return tuple(slot for slot, held in every for _ in jax.tree.leaves(held))
-
-
-def one_level(residuals):
-    """What the residuals, a tree, consist of, and the structure of only that."""
-    return jax.tree.flatten(residuals, is_leaf=lambda node: node is not residuals)
-
-
 # 1. The value. Being jitted, the differential is traced once for each signature.
 
 
@@ -51,7 +39,7 @@ def _value(*arrays, op, static, tree, results, levels):
         residuals, tangents = tree.unflatten(arrays)
         return op.tangent(static, residuals, tangents, results)
 
-    return under_levels(levels, slots_of(tree), differential)([*arrays])
+    return under_levels(levels, differential)([*arrays])
 
 
 linear_map_p = OpenPrimitive("linear_map", _value, lambda *, tree, **_: tree.num_leaves)
@@ -62,7 +50,7 @@ linear_map_p = OpenPrimitive("linear_map", _value, lambda *, tree, **_: tree.num
 
 
 def _jvp(primals, tangents, *, call_jaxpr, **params):
-    count = len(jax.tree.leaves(params["tree"].unflatten(primals)[0]))
+    count = params["tree"].children()[0].num_leaves
     moving = {k: t for k, t in enumerate(tangents) if type(t) is not ad.Zero}
     of_residuals = {k: t for k, t in moving.items() if k < count}
 
@@ -77,49 +65,99 @@ def _jvp(primals, tangents, *, call_jaxpr, **params):
     if of_residuals:
         at = {k: primals[k] for k in of_residuals}
         parts.append(jax.jvp(value, (at,), (of_residuals,))[1])
-    summed = [sum(part[1:], part[0]) for part in zip(*parts, strict=True)]
+    summed = [_sum(part) for part in zip(*parts, strict=True)]
     return linear_map_p.bind(*primals, **params), summed
+
+
+def _sum(parts):
+    first, *rest = parts
+    return first if first.dtype == jax.dtypes.float0 else sum(rest, first)
 
 
 ad.primitive_jvps[linear_map_p] = _jvp
 
 
-# 3. The transpose: the backward rule, or under `jax.vmap` one for each operand.
+# 3. The transpose: the backward rule, or what `jax.vmap` makes of it.
 
 
 def _transpose(cotangents, *arguments, op, static, tree, results, levels, call_jaxpr):
     G = jax.tree.unflatten(results, map(ad.instantiate_zeros, cotangents))
     residuals, operands = tree.unflatten(arguments)
-    kept, structure = one_level(residuals)
-    wanted = {k: o.aval for k, o in enumerate(operands) if ad.is_undefined_primal(o)}
-
-    def backward(kept, G):
-        return op.backward(static, structure.unflatten(kept), G)
-
-    def under_vmap(k):
-        def backward_of_one(kept, G):
-            return backward(kept, G)[k]
-
-        read, contracted = op.reads(k, residuals)
-        slot = len(kept) + k
-        return cotangent(backward_of_one, slot, read, contracted, kept, G, levels)
-
-    every = {k: under_vmap(k) for k in wanted} if levels else backward(kept, G)
+    there = [k for k, operand in enumerate(operands) if operand is not None]
+    wanted = {k: operands[k].aval for k in there if ad.is_undefined_primal(operands[k])}
+    if levels:
+        first = len(arguments) - len(there)
+        places = {k: first + place for place, k in enumerate(there) if k in wanted}
+        every = _under_levels(op, static, residuals, places, G, levels)
+    else:
+        every = op.backward(static, residuals, G)
     found = {k: op.checked_cotangent(k, every[k], t, levels) for k, t in wanted.items()}
-    return [found.get(slot - len(kept)) for slot in slots_of(tree)]
+    return [None] * (len(arguments) - len(there)) + [found.get(k) for k in there]
+
+
+def _under_levels(op, static, residuals, places, G, levels):
+    arrays, structure = jax.tree.flatten(residuals)
+    names = _names_of_residuals(jax.tree.structure(residuals))
+
+    def backward(arrays, G):
+        return op.backward(static, structure.unflatten(arrays), G)
+
+    mapped = {k: place for k, place in places.items() if op.term(k) is None}
+    found = mapped_cotangents(backward, mapped, arrays, G, levels) if mapped else {}
+    for k in places.keys() - mapped.keys():
+        name, contracted = op.term(k)
+        reads = [place for place, held in enumerate(names) if name and held == name]
+        read, one = jax.tree.flatten(op.residual(residuals, name))
+
+        def backward_of_one(arrays, G, k=k, name=name, one=one):
+            only = dict.fromkeys(residuals._fields)
+            only |= {name: one.unflatten(arrays)} if name else {}
+            return op.backward(static, residuals._replace(**only), G)[k]
+
+        found[k] = contracted_cotangent(
+            backward_of_one, places[k], reads, contracted, read, G, levels
+        )
+    return found
 
 
 ad.primitive_transposes[linear_map_p] = _transpose
+
+
+def _names_of_residuals(tree):
+    """For each array the name of the residual that it is, or is a part of."""
+    kind, _ = tree.node_data() or (None, None)
+    children = [tree] if kind is None else tree.children()
+    names = getattr(kind, "_fields", (None,) * len(children))
+    every = zip(names, children, strict=True)
+    return [name for name, child in every for _ in range(child.num_leaves)]
+
+
+def names_of(op, tree):
+    """For each array the name of its residual, or of the argument of its tangent."""
+    residuals, tangents = tree.children()
+    every = zip(op.arguments, tangents.children(), strict=True)
+    return (
+        _names_of_residuals(residuals),
+        [name for name, child in every if child.num_leaves],
+    )
 
 
 # 4. What `jax.vmap` makes of it.
 
 
 def _batch(axis, arrays, places, *, call_jaxpr, levels, **params):
-    op, tree = params["op"], params["tree"]
-    residuals, _ = tree.unflatten(range(tree.num_leaves))
-    slots, has = slots_of(tree), op.has_leading_axes(residuals)
-    arrays, levels, place = batched(axis, arrays, places, slots, has, levels)
+    op, arrays, places = params["op"], [*arrays], [*places]
+    of_residuals, of_tangents = names_of(op, params["tree"])
+    read = {term.residual for term in op.terms.values()}
+    mapped = {
+        n for n, p in zip(of_residuals, places, strict=False) if p is not None
+    } & read
+    for k, name in enumerate(of_residuals):
+        if name in mapped and places[k] is None:  # All of what is contracted is mapped.
+            arrays[k] = jnp.broadcast_to(arrays[k], (axis.size, *arrays[k].shape))
+            places[k] = 0
+    has = [name in op.leading for name in (*of_residuals, *of_tangents)]
+    arrays, levels, place = batched(axis, arrays, places, has, levels)
     results = linear_map_p.bind(*arrays, levels=levels, **params)
     return results, [place] * len(results)
 

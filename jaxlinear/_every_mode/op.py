@@ -2,8 +2,8 @@
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
-from functools import cached_property, partial
-from inspect import signature
+from functools import cached_property, partial, wraps
+from inspect import Parameter, signature
 from typing import Any
 
 import jax
@@ -34,28 +34,30 @@ def in_every_mode(
         backward :: *static, residuals, cotangent of the result -> cotangents
         differential :: *static, residuals, tangents -> tangent of the result
 
-    Reverse mode runs the forward and the backward rule, forward mode the forward rule
-    and the differential, and what is not differentiated the function of ``op``. All
-    modes combine, to any order, under `jax.vmap`, `jax.checkpoint`, `jax.shard_map` and
-    the loops of `jax.lax`. Only what the forward rule returns as residuals is kept.
+    Reverse mode runs the forward and the backward rule. Forward mode runs the forward
+    rule and the differential. A call that is not differentiated runs the function of
+    ``op``. The modes combine, to any order, under `jax.vmap`, `jax.checkpoint`,
+    `jax.shard_map` and the loops of `jax.lax`. Only the residuals are kept.
 
     ``primals`` and ``tangents`` are in the order of the arguments. A primal has a
     ``value`` and says whether it is ``perturbed``; the tangent of any other is None.
-    Residuals may differ in their structure with what is perturbed. Arguments and
-    results are arrays, the results in any tree; an argument may be None, and its primal
-    is then None.
+    Residuals are any tree, which may differ with what is perturbed. An argument is an
+    array or None, and its primal is then None. The results are arrays in any tree. The
+    tangent of an integer result is zeros of dtype ``jax.dtypes.float0``. The function
+    has no effects, and closes over no traced array.
 
-    The next three tell `jax.vmap` and `jax.linear_transpose` what the rules can do. The
-    gradients are right without them.
+    ``terms``, ``leading`` and ``linear_in`` tell `jax.vmap` and `jax.linear_transpose`
+    what the rules can do. The gradients are right without them.
 
     Args:
       op: a `jax.custom_vjp` with its rules. Its static arguments, those of
         ``nondiff_argnums``, have a hash.
       differential: the derivative of ``op`` along ``tangents``, of which one at least
         is not None. It is linear in them.
-      terms: for the name of an argument what its cotangent reads. It saves a cotangent
-        for each mapped element where the argument is not mapped. Residuals that are
-        named are fields of a named tuple.
+      terms: for the name of an argument what its cotangent reads. The backward rule
+        then contracts what is mapped, and there is no cotangent for each element. The
+        rule must take a cotangent of the result in float32, a sum over elements, where
+        the result has fewer bits. The residuals are a named tuple.
       leading: the names of the arguments and residuals that have the leading axes of
         the result, if the rules work with any number of them. Where all of these are
         mapped, and nothing else, the mapped axis becomes one more leading axis.
@@ -67,30 +69,31 @@ def in_every_mode(
 
     Raises:
       TypeError: if ``op`` is not such an object, or a name is not one of its arguments;
-        later if a rule returns something of another structure, shape or dtype than it
-        must.
+        later if a rule returns another structure, shape or dtype than it must.
     """
+    check_rules(op)
+    sets = tuple(map(frozenset, linear_in))
+    checked = Op(op, differential, dict(terms or {}), frozenset(leading), sets)
+    checked.check_names()
+
+    @wraps(checked.vjp.fun)
+    def in_any_mode(*args, **kwargs):
+        every = signature(checked.vjp.fun).bind(*args, **kwargs)
+        every.apply_defaults()
+        arrays, static = checked.split(every.args)
+        arrays, tree = jax.tree.flatten(varying_together(arrays))
+        parameters = {"static": static, "tree": tree, "levels": ()}
+        return every_mode_p.tree(*arrays, op=checked, **parameters)
+
+    return in_any_mode
+
+
+def check_rules(op):
     if not isinstance(op, jax.custom_vjp) or not op.symbolic_zeros:
         raise TypeError(
             "`op` must be a jax.custom_vjp with rules by"
             f" `op.defvjp(forward, backward, symbolic_zeros=True)`, got {op!r:.60}"
         )
-    sets = tuple(map(frozenset, linear_in))
-    checked = Op(op, differential, dict(terms or {}), frozenset(leading), sets)
-    checked.check_names()
-
-    def in_any_mode(*args, **kwargs):
-        every = signature(op.fun).bind(*args, **kwargs)
-        every.apply_defaults()
-        places = [*op.nondiff_argnums]
-        static = tuple(every.args[k] for k in places)
-        arrays = [a for k, a in enumerate(every.args) if k not in places]
-        arrays, tree = jax.tree.flatten(varying_together(arrays))
-        return every_mode_p.tree(
-            *arrays, op=checked, static=static, tree=tree, levels=()
-        )
-
-    return in_any_mode
 
 
 def varying_together(arrays):
@@ -138,42 +141,83 @@ class Op:
         return [name for k, name in names if k not in self.vjp.nondiff_argnums]
 
     def check_names(self):
-        known = {*self.arguments}
+        kinds = {p.kind for p in signature(self.vjp.fun).parameters.values()}
+        if kinds - {Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD}:
+            raise TypeError(
+                f"`op` must have positional arguments with names, got {self._name}"
+                f"{signature(self.vjp.fun)}"
+            )
         for name, given in {
-            "terms": self.terms,
+            "terms": {*self.terms},
             "linear_in": set().union(*self.linear_in),
         }.items():
-            if unknown := sorted({*given} - known):
+            if unknown := sorted(given - {*self.arguments}):
                 raise TypeError(
                     f"`{name}` must have names of the arguments of {self._name},"
                     f" {', '.join(self.arguments)}, got {', '.join(unknown)}"
                 )
 
-    def value(self, arrays, static):
-        return self.vjp.fun(*self._with_static(arrays, static))
+    def split(self, arguments):
+        """The arrays, and the others with their types: 2 and 2.0 are equal."""
+        places = self.vjp.nondiff_argnums
+        arrays = [a for k, a in enumerate(arguments) if k not in places]
+        for name, array in zip(self.arguments, arrays, strict=True):
+            if array is not None and not jax.tree_util.all_leaves([array]):
+                raise TypeError(
+                    f"`{name}` of {self._name} must be an array or None, got"
+                    f" {type(array).__name__}"
+                )
+        return arrays, tuple((type(arguments[k]), arguments[k]) for k in places)
 
-    def forward(self, arrays, tangents, static):
+    def _joined(self, arrays, static):
+        every = [*arrays]
+        places = zip(self.vjp.nondiff_argnums, static, strict=True)
+        for place, (_, value) in sorted(places, key=lambda both: both[0]):
+            every.insert(place, value)
+        return every
+
+    def value(self, arrays, static):
+        return self.vjp.fun(*self._joined(arrays, static))
+
+    def forward(self, arrays, tangents, static, results):
         """The forward rule: the result, and the residuals of these tangents."""
+        check_rules(self.vjp)
         primals = [
             a if a is None else Primal(a, t is not None)
             for a, t in zip(arrays, tangents, strict=True)
         ]
-        return self.vjp.fwd(*self._with_static(primals, static))
+        Y, residuals = self.vjp.fwd(*self._joined(primals, static))
+        self._check_structure("forward rule", Y, results)
+        return Y, residuals
 
     def tangent(self, static, residuals, tangents, results):
         """The differential, as a list of arrays."""
-        dY = self.differential(*static, residuals, tangents)
-        found = jax.tree.structure(dY)
-        if found != results:
-            raise TypeError(
-                f"the differential of {self._name} must return what the op returns,"
-                f" {results}, got {found}"
-            )
+        dY = self.differential(*[v for _, v in static], residuals, tangents)
+        self._check_structure("differential", dY, results)
         return jax.tree.leaves(dY)
+
+    def _check_structure(self, rule, found, results):
+        if jax.tree.structure(found) != results:
+            raise TypeError(
+                f"the {rule} of {self._name} must return what the op returns,"
+                f" {results}, got {jax.tree.structure(found)}"
+            )
+
+    def check_results(self, rule, found, expected):
+        """Refuse arrays of other shapes and dtypes than the results of the op."""
+        for array, result in zip(found, expected, strict=True):
+            dtype = result.dtype
+            if rule == "differential" and not jnp.issubdtype(dtype, jnp.inexact):
+                dtype = jax.dtypes.float0
+            if (array.shape, array.dtype) != (result.shape, dtype):
+                must, got = _text(result.shape, dtype), _text(array.shape, array.dtype)
+                raise TypeError(
+                    f"the {rule} of {self._name} must return {must}, got {got}"
+                )
 
     def backward(self, static, residuals, G):
         """The backward rule: a cotangent or None for each argument that is an array."""
-        cotangents = self.vjp.bwd(*static, residuals, G)
+        cotangents = self.vjp.bwd(*[v for _, v in static], residuals, G)
         if not isinstance(cotangents, tuple) or len(cotangents) != len(self.arguments):
             names = ", ".join(f"`{name}`" for name in self.arguments)
             raise TypeError(
@@ -186,31 +230,41 @@ class Op:
         """The cotangent of an argument, of its shape and dtype, or None for zero."""
         if cotangent is None:
             return None
+        cotangent = jnp.asarray(cotangent)
         dtype = expected.dtype if may_be_wide else cotangent.dtype
         if (cotangent.shape, dtype) != (expected.shape, expected.dtype):
             raise TypeError(
                 f"the backward rule of {self._name} must return a cotangent of"
-                f" {expected.dtype}{[*expected.shape]} for `{self.arguments[k]}`, got"
-                f" {cotangent.dtype}{[*cotangent.shape]}"
+                f" {_text(expected.shape, expected.dtype)} for `{self.arguments[k]}`,"
+                f" got {_text(cotangent.shape, cotangent.dtype)}"
             )
         return cotangent.astype(dtype)
 
-    def reads(self, k, residuals):
-        """Which residuals the cotangent of an argument reads, and how it contracts."""
-        term = self.terms.get(self.arguments[k])
-        if term is None:
-            return range(len(residuals)), None
-        name = term.residual
-        return [] if name is None else [residuals._fields.index(name)], term.contracted
+    def term(self, k):
+        """What the cotangent of an argument reads, where that is said."""
+        return self.terms.get(self.arguments[k])
 
-    def has_leading_axes(self, residuals=()):
-        """Of each residual and each argument: whether it has those of the result."""
-        names = getattr(residuals, "_fields", (None,) * len(residuals))
-        return [name in self.leading for name in (*names, *self.arguments)]
+    def residual(self, residuals, name):
+        """The residual that a term reads."""
+        fields = getattr(residuals, "_fields", ())
+        if name is not None and name not in fields:
+            raise TypeError(
+                f"the residuals of {self._name} must be a named tuple with the field"
+                f" `{name}`, which `terms` names, got {type(residuals).__name__}"
+            )
+        return None if name is None else getattr(residuals, name)
 
-    def check_linear_in(self, slots):
-        names = {self.arguments[slot] for slot in slots}
-        if not any(names <= linear for linear in self.linear_in):
+    @property
+    def is_multilinear(self):
+        """Whether the arguments are factors of products, or added to them."""
+        if len(self.linear_in) != 2:
+            return False
+        first, second = self.linear_in
+        is_split = bool(first - second) and bool(second - first)
+        return is_split and first | second == {*self.arguments}
+
+    def check_linear_in(self, names):
+        if not any({*names} <= linear for linear in self.linear_in):
             raise TypeError(
                 f"{self._name} must be linear in what it is transposed in, got"
                 f" {' and '.join(sorted(names))}"
@@ -220,12 +274,9 @@ class Op:
     def _name(self):
         return getattr(self.vjp, "__name__", "the op")
 
-    def _with_static(self, arrays, static):
-        every = [*arrays]
-        places = zip(self.vjp.nondiff_argnums, static, strict=True)
-        for place, value in sorted(places, key=lambda both: both[0]):
-            every.insert(place, value)
-        return every
+
+def _text(shape, dtype):
+    return f"{dtype}{[*shape]}"
 
 
 # The primitive, by four rules.
@@ -239,32 +290,31 @@ def _value(*arrays, op, static, tree, levels):
     def value(arrays):
         return op.value(tree.unflatten(arrays), static)
 
-    return under_levels(levels, slots_of_op(tree), value)([*arrays])
+    return under_levels(levels, value)([*arrays])
 
 
 every_mode_p = OpenPrimitive("every_mode", _value, lambda *, tree, **_: tree.num_leaves)
 
 
-def slots_of_op(tree):
-    arguments = tree.unflatten(range(tree.num_leaves))
-    return [slot for slot, array in enumerate(arguments) if array is not None]
-
-
 # 2. The derivative: the forward rule, and a linear map of its residuals.
 
 
-def _jvp(primals, tangents, *, op, static, tree, levels, call_jaxpr):
+def _jvp(primals, tangents, *, call_jaxpr, **params):
+    op, static, tree = params["op"], params["static"], params["tree"]
     moving = [None if type(t) is ad.Zero else t for t in tangents]
+    expected = every_mode_p.types(*primals, **params)
+    results = jax.tree.structure(expected)
 
     def derivative(both):
         primals, tangents = map(tree.unflatten, both)
-        Y, residuals = op.forward(primals, tangents, static)
-        results = jax.tree.structure(Y)
+        Y, residuals = op.forward(primals, tangents, static, results)
         dY = linear_map(op, static, residuals, tangents, results)
         return jax.tree.leaves(Y), jax.tree.leaves(dY)
 
-    slots = slots_of_op(tree)
-    return under_levels(levels, slots, derivative, copies=2)([[*primals], moving])
+    Y, dY = under_levels(params["levels"], derivative, copies=2)([[*primals], moving])
+    op.check_results("forward rule", Y, jax.tree.leaves(expected))
+    op.check_results("differential", dY, jax.tree.leaves(expected))
+    return Y, dY
 
 
 ad.primitive_jvps[every_mode_p] = _jvp
@@ -274,11 +324,10 @@ ad.primitive_jvps[every_mode_p] = _jvp
 
 
 def _transpose(cotangents, *arguments, call_jaxpr, **params):
-    op, tree = params["op"], params["tree"]
+    op = params["op"]
     unknown = {k: a.aval for k, a in enumerate(arguments) if ad.is_undefined_primal(a)}
-    op.check_linear_in(
-        [slot for k, slot in enumerate(slots_of_op(tree)) if k in unknown]
-    )
+    names = names_of_arrays(op, params["tree"])
+    op.check_linear_in([names[k] for k in unknown])
     zeros = {k: ad.instantiate_zeros(ad.Zero(aval)) for k, aval in unknown.items()}
 
     def value(some):
@@ -293,13 +342,19 @@ def _transpose(cotangents, *arguments, call_jaxpr, **params):
 ad.primitive_transposes[every_mode_p] = _transpose
 
 
+def names_of_arrays(op, tree):
+    """The names of the arguments that are not None."""
+    every = zip(op.arguments, tree.children(), strict=True)
+    return [name for name, argument in every if argument.num_leaves]
+
+
 # 4. What `jax.vmap` makes of it.
 
 
 def _batch(axis, arrays, places, *, call_jaxpr, levels, **params):
-    op, slots = params["op"], slots_of_op(params["tree"])
-    has = op.has_leading_axes()
-    arrays, levels, place = batched(axis, arrays, places, slots, has, levels)
+    op = params["op"]
+    has = [name in op.leading for name in names_of_arrays(op, params["tree"])]
+    arrays, levels, place = batched(axis, arrays, places, has, levels)
     results = every_mode_p.bind(*arrays, levels=levels, **params)
     return results, [place] * len(results)
 

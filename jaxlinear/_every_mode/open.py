@@ -46,8 +46,12 @@ class OpenPrimitive(Primitive):
 
     def tree(self, *arrays, **params):
         """``compute`` of the arrays as one equation: a tree."""
-        results = jax.tree.structure(self._program(arrays, params).out_info)
+        results = jax.tree.structure(self.types(*arrays, **params))
         return jax.tree.unflatten(results, self.bind(*arrays, **params))
+
+    def types(self, *arrays, **params):
+        """The types of what ``compute`` returns: a tree."""
+        return self._program(arrays, params).out_info
 
     def bind(self, *arrays, call_jaxpr=None, subfuns=(), **params):
         if subfuns:
@@ -57,7 +61,13 @@ class OpenPrimitive(Primitive):
 
     def _program(self, arrays, params):
         with _is_open(True):
-            return self._compute.trace(*map(jax.typeof, arrays), **params)
+            program = self._compute.trace(*map(jax.typeof, arrays), **params)
+        if len(program.jaxpr.in_avals) != len(arrays):  # JAX has made it an argument.
+            raise TypeError(
+                f"the function of {self.name} must not close over a traced array: make"
+                " it an argument"
+            )
+        return program
 
     def _bind_checked(self, values, checked, **params):
         """What checkify binds: ``checked`` is ``call_jaxpr`` with its checks.

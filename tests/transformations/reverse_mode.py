@@ -13,7 +13,7 @@ def value_and_grad(layer, *arrays):
     return jax.value_and_grad(loss(layer), EVERY)(*arrays)
 
 
-def grad_with_respect_to_each_argument_alone(layer, *arrays):
+def grad_with_respect_to_one_argument_at_a_time(layer, *arrays):
     return [jax.grad(loss(layer), i)(*arrays) for i in EVERY]
 
 
