@@ -130,7 +130,8 @@ def _as_text(measurements, device):
 
 
 def _as_json(measurements, device):
-    document = {
+    """A line for each value, and for each measurement."""
+    head = {
         "device": device,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": sys.version.split()[0],
@@ -138,12 +139,18 @@ def _as_json(measurements, device):
         "flax": _version("flax"),
         "rows": ROWS,
         "features": FEATURES,
-        "measurements": [
-            {**dataclasses.asdict(m), "is_explained": m.is_explained}
-            for m in measurements
-        ],
     }
-    return json.dumps(document, indent=1, ensure_ascii=False)
+    rows = ",\n".join(
+        _line({**dataclasses.asdict(m), "is_explained": m.is_explained})
+        for m in measurements
+    )
+    lines = [f"{_line(name)}: {_line(value)}" for name, value in head.items()]
+    lines.append(f'"measurements": [\n{rows}\n]')
+    return "{\n" + ",\n".join(lines) + "\n}"
+
+
+def _line(value):
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _draw(measurements, device, file):
