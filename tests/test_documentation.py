@@ -28,7 +28,7 @@ def blocks(text):
 
 
 def sections(page):
-    """The blocks of each section, behind those that stand before the first section."""
+    """The blocks of each section, after those before the first section."""
     first, *rest = re.split(r"^## ", page.read_text(), flags=re.MULTILINE)
     return {
         ": ".join([page.stem, *section.splitlines()[:1]]): blocks(first + section)
@@ -51,7 +51,7 @@ def _ordinary_settings():
 
 
 def lines_of(code):
-    """Its lines as they stand next to each other, whatever the indentation."""
+    """Its lines without their indentation."""
     return "\n".join(line.strip() for line in code.strip().splitlines())
 
 

@@ -77,7 +77,7 @@ def reference(products, X, W, G):
 @pytest.mark.parametrize("is_alone", [True, False])
 @each_recipe
 def test_products_are_those_of_the_quantized_operands(name, is_alone, monkeypatch):
-    # A CPU alone multiplies them in bfloat16, and one of eight as they are.
+    # One CPU device multiplies them in bfloat16, and eight multiply them as they are.
     monkeypatch.setattr(_op.quantized, "has_one_device", lambda: is_alone)
     jax.clear_caches()
     x, weight, _, cotangent = random_problem((48,), 96, 64, "float32")

@@ -179,7 +179,7 @@ def test_an_old_checkpoint_with_unnamed_layers_loads():
         assert len(layers) == 8
         assert layers["ScanCheckpointBlock_0.DenseGeneral_1"] == (2, 1)
         loaded = convert_tree(old, layers)
-        # The same seed gives the same values, too.
+        # The same seed also gives the same values.
         assert jax.tree.structure(loaded) == jax.tree.structure(new)
         for a, b in zip(*map(jax.tree.leaves, (loaded, new)), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)

@@ -67,7 +67,7 @@ def in_linen(x, weight, **options):
 
 
 def under_vmap(x, weight, **options):
-    # Of one element: gradients of several are added up by JAX, each of its own dtype.
+    # Of one element: JAX sums the gradients of several, each in its own dtype.
     return jax.vmap(functools.partial(linear, **options), (0, None))(x[None], weight)[0]
 
 

@@ -14,6 +14,8 @@ TEXTS = [
     "docs/api/*.md",
     "examples/*.py",
     "jaxlinear/**/*.py",
+    "benchmarks/**/*.py",
+    "tests/**/*.py",
 ]
 HABITS = {
     r"(?<![Ll]eft)(?<!leave) alone\b": "only",

@@ -1,4 +1,4 @@
-"""PyTorch's names, layout and files, without PyTorch, which `deep` has, too."""
+"""PyTorch's names, layout and files, without PyTorch. The deep tier has it."""
 
 import json
 import os
@@ -285,7 +285,7 @@ def test_nothing_is_suspected_where_no_shape_shows_it():
     def source(sizes):
         return {f"{i}.weight": np.ones(size) for i, size in enumerate(sizes)}
 
-    # All are square; one layer alone; the others came right.
+    # All are square; there is one layer; the others came right.
     for sizes in [(4, 4)] * 3, [(4, 4)], [(4, 4), (3, 4), (4, 3)]:
         load(linears(sizes), source(sizes))
     # One element is the same either way.
@@ -645,7 +645,7 @@ def test_each_device_reads_its_own_shard_and_nothing_more(tmp_path, monkeypatch)
     layer = Linear(16, 32, device=sharding, rngs=nnx.Rngs(0))
     save(layer, path := tmp_path / "layer.safetensors")
     with jax.set_mesh(mesh):
-        # Abstract, too: no value is there before.
+        # An abstract model has no value before.
         abstract = nnx.eval_shape(lambda: Linear(16, 32, rngs=nnx.Rngs(0)))
     for variable in abstract.weight, abstract.bias:
         variable.set_value(variable.get_value().update(sharding=sharding))
@@ -792,7 +792,7 @@ def test_a_sharded_file_has_shards_and_replaces_those_before(tmp_path, monkeypat
 
 
 def damaged(path):
-    """Files that are no checkpoint, by what is wrong with them."""
+    """Files that are not checkpoints, by what is wrong with them."""
     whole = path.read_bytes()
     size = struct.unpack("<Q", whole[:8])[0]
     header, data = json.loads(whole[8 : 8 + size]), whole[8 + size :]

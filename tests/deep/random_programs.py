@@ -333,7 +333,7 @@ def difference(case, results):
 def failures(cases):
     """What is wrong with each case that fails, all run as one program.
 
-    ``failures([random_case(number)])`` runs one alone.
+    ``failures([random_case(number)])`` runs one of them.
     """
     runs, arriving = zip(*map(program, cases), strict=True)
 

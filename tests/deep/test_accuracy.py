@@ -118,7 +118,7 @@ def largest_ratio(name, quantity, peer):
         # With AMX the ratio is 4.9 at 65,536 rows.
         return 6
     if name == "float32":
-        # PyTorch's library adds up shorter blocks than XLA's: how short depends on the
+        # PyTorch's library sums shorter blocks than XLA's: how short depends on the
         # CPU. On one without AVX-512 the ratio is 2.3.
         return 3 if peer == "PyTorch" else 1.5
     # The same sums but for a few near ties, which are rounded to the other side.

@@ -68,7 +68,7 @@ def test_products_of_worse_operands_are_not_explained(name, monkeypatch):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_what_a_recipe_loses_is_not_explained_without_it(name, monkeypatch):
-    """The bound is no wider than it must be: without products it is exceeded."""
+    """The bound is as narrow as it can be: without products it is exceeded."""
     recipe = {name: RECIPES[name]}
     monkeypatch.setattr(_accuracy, "DTYPES", {})
     monkeypatch.setattr(_accuracy, "RECIPES", recipe)
@@ -94,7 +94,7 @@ def test_sums_and_second_roundings_in_low_precision_are_not_explained(
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_an_operand_with_the_bits_of_tensorfloat32_would_be_seen(layer, monkeypatch):
-    # float16 has as many, and autodiff rounds the gradient to it, too.
+    # float16 has as many, and autodiff also rounds the gradient to it.
     def rounded(layer):
         return lambda x, weight, bias, dtype: layer(
             x.astype("float16").astype("float32"), weight, bias, dtype
@@ -187,7 +187,7 @@ def test_what_cannot_be_written_is_refused_first(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "read-only.png").touch()
-    # Root may write what is read only.
+    # Root may write to a read-only file.
     monkeypatch.setattr(command.os, "access", lambda file, _: file.suffix != ".png")
     with pytest.raises(SystemExit, match="2"):
         run(monkeypatch, None, option, name)
@@ -223,7 +223,7 @@ def test_without_flax_and_matplotlib_it_runs_and_says_what_is_missing():
 
 
 def test_the_error_that_rounding_explains_is_the_one_of_a_rounded_array():
-    # Rounding alone: its root mean square is between u/√12 and u/√3 of the values.
+    # Only rounding: its root mean square is between u/√12 and u/√3 of the values.
     exact = np.random.default_rng(0).normal(size=10_000)
     rounded = exact.astype(np.float16).astype(np.float64)
     error = np.linalg.norm(rounded - exact) / np.linalg.norm(exact)

@@ -34,7 +34,7 @@ def test_gradients_of_the_three_layers_have_the_errors_that_are_claimed(tmp_path
     assert [name for name, *_ in rows] == 2 * ["jaxlinear", "x @ W.T + b", "nnx.Linear"]
     errors = [[float(error) for error in row] for _, *row in rows]
     assert max(errors[0] + errors[3]) < 10 * EPS  # Ours, in either precision.
-    # In mixed precision Flax rounds that of the weight, and both that of the bias.
+    # In mixed precision Flax rounds the weight's gradient; both round the bias's.
     assert errors[5][1] > 2**-12
     assert min(errors[4][2], errors[5][2]) > 2**-12
     assert imread(tmp_path / "gradient_accuracy.png").shape[1] > 1000

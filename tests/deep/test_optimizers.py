@@ -267,7 +267,7 @@ def test_training_goes_on_through_a_conversion_and_back(tx):
     assert_goes_on(tx)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Old names are covered, too.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Also old names.
 @pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS)
 def test_training_goes_on_with_each_other_optimizer(make):
     assert_goes_on(made_by(make))
@@ -296,7 +296,7 @@ def test_mechanize_goes_on():
 
 
 def test_lookahead_goes_on():
-    """A state of Optax's alone, whose parameters are pairs, in a tree of Linen's."""
+    """A plain state of Optax's, whose parameters are pairs, in a tree of Linen's."""
     start = {"up": {"kernel": jnp.arange(6.0).reshape(2, 3), "bias": jnp.ones(3)}}
     tx = optax.lookahead(adam, 2, 0.5)
 
@@ -339,7 +339,7 @@ def test_adaptive_clipping_by_the_last_axis_is_that_of_flax_by_the_first():
 
 
 def test_galore_with_our_dimension_numbers_projects_as_in_flax():
-    """Of square layers, too, which it would take for those of the other layout."""
+    """Also of square layers, which it would take for the other layout."""
     flax = {
         name: nnx.Linear(6, size, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
         for name, size in {"square": 6, "wide": 9}.items()

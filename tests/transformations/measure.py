@@ -65,9 +65,9 @@ ROWS = {row.__name__: row for module in TOPICS.values() for row in rows_of(modul
 
 
 def applies(row, name):
-    """Whether a row is one for a layer of few bits, too.
+    """Whether a row is also one for a layer of few bits.
 
-    There is no complex bfloat16, and on CPU a product of few bits leaves in float32,
+    There is no complex bfloat16, and on CPU a product of few bits returns float32,
     whether it is mapped or not.
     """
     is_wide = row is values.complex_numbers or row.__module__ == memory.__name__

@@ -107,5 +107,5 @@ def check(row, layer):
     """Raise an AssertionError if the layer costs more than the naive formula."""
     ours, limits = _costs(row, layer), _costs(row, naive)
     for name, cost, limit in zip(("bytes", "operations"), ours, limits, strict=True):
-        # A few bytes are those of alignment, and a few operations those of a cast.
+        # Alignment costs a few bytes, and a cast a few operations.
         assert cost <= 1.02 * limit + 4096, f"{cost / limit:.0f} times the {name}"

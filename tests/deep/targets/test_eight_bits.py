@@ -46,7 +46,7 @@ def test_one_call_of_cublas_multiplies_float8_in_each_product_on_a_b200():
 
 
 def test_an_h100_multiplies_8_bits_and_a_scale_of_a_tensor_costs_no_kernel():
-    """It is a factor of the call, which adds the bias, too.
+    """It is a factor of the call, which also adds the bias.
 
     One of each row is applied by a kernel behind each product.
     """
