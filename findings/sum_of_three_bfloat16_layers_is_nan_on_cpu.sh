@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# JAX 0.11.2 and 0.12.0.1, XLA for CPUs: jitted, the sum of three linear layers in bfloat16 with ReLU
-# between them is NaN. Outside jit it is a finite
-# number, and under jit it is finite in float32, with two layers, or in JAX 0.10.2.
+# JAX 0.11.2 and 0.12.0.1, XLA for CPUs: jitted, the sum of three linear layers in
+# bfloat16 with ReLU between them is NaN. Outside jit it is finite, and under jit it is
+# finite in float32, with two layers, and with JAX 0.10.2. Compiled on x86-64.
 # Output: see the last lines (layers, dtype, whether it is finite outside and under jit)
 set -euo pipefail
 for python in python3.13 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.13*/bin/python; do
