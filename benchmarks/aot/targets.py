@@ -68,4 +68,6 @@ def torus(chips, axes):
     exponent = chips.bit_length() - 1
     if 1 << exponent != chips:
         raise ValueError(f"`chips` must be a power of two, got {chips}")
-    return [1 << (exponent + i) // axes for i in range(axes)]
+    sizes = [1 << (exponent + i) // axes for i in range(axes)]
+    # Hosts have 2 × 2 × 1 chips, by which a topology must be divisible.
+    return sizes[::-1] if axes == 3 and chips < 64 else sizes
