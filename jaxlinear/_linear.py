@@ -65,8 +65,8 @@ def linear(
     in at least float32 and rounded once: Y to ``dtype``, each gradient to the dtype of
     its own argument. So with float32 weights and ``dtype=bfloat16`` the weight gradient
     does not pass through bfloat16. On GPUs Y is also rounded before the bias is added,
-    as in the naive formula: XLA would write the float32 product to memory first. A
-    forward product with ``preferred_element_type=float32`` is not rounded there.
+    as in the naive formula; XLA would otherwise write the float32 product to memory. A
+    forward product with ``preferred_element_type=float32`` is not rounded before that.
 
     Given tangents dX, dW and dB, forward mode computes::
 
@@ -78,13 +78,15 @@ def linear(
     operands of a gradient. The modes combine to any order, and ``jax.linear_transpose``
     takes the layer as a function of ``x`` or of ``weight``.
 
-    The function is jitted. Its result has the checkpoint name ``"linear"``; the policy
-    :func:`jaxlinear.save_linear_outputs` saves it.
+    The function is jitted, except on a mesh with explicit axes and under
+    :func:`jaxlinear.plain_autodiff`. The result of a differentiated call has the
+    checkpoint name ``"linear"``; the policy :func:`jaxlinear.save_linear_outputs` saves
+    that of every call.
 
     Args:
       x: input, with at least one axis. Arguments are whatever ``jnp.asarray`` takes,
         except lists and other containers. Integers are promoted as in ``jax.numpy``. If
-        all arguments are integers, so is Y, and there is no gradient.
+        all are integers and ``dtype`` is None, so is Y, and there is no gradient.
       weight: matrix (out, in), the layout of PyTorch.
       bias: vector (out,), or None. It is added before Y is rounded (on GPUs after).
       dtype: floating or complex dtype of the products' operands and of the result, of
@@ -108,8 +110,8 @@ def linear(
           and :data:`jaxlinear.INT8` do so in all three products. The operands kept for
           the gradients then have 8 bits, and there is no second derivative.
 
-        Each gradient is returned in the dtype of its argument. The bias and its
-        gradient are not affected.
+        Each gradient is returned in the dtype of its argument. The bias gradient
+        is not affected; the bias is added in the dtype of the forward product.
       out_sharding: sharding of the result on a mesh with explicit axes, as in
         :func:`jax.lax.dot_general`.
 
@@ -120,7 +122,7 @@ def linear(
       ValueError: if the shapes are not those above, a precision is unknown, or no
         platform multiplies the 8-bit operands that a product asks for.
       TypeError: if an argument is not an array; if a dtype is neither floating nor
-        complex, has less than 16 bits, or is real while an argument is complex; if a
+        complex, has fewer than 16 bits, or is real while an argument is complex; if a
         product cannot have the ``preferred_element_type`` asked for; or for a second
         derivative of a layer that keeps operands in 8 bits.
 
@@ -175,7 +177,7 @@ _apply_jitted = jax.jit(_apply, static_argnames=("dtype", "products", "out_shard
 
 
 class Spec(NamedTuple):
-    """What the op is told besides its arrays: data with a hash, for JAX's caches.
+    """The op's static argument. It has a hash, being a key of JAX's caches.
 
     Y is the type of the result. X, W and B are the types of the gradients.
     """
@@ -190,7 +192,7 @@ class Spec(NamedTuple):
     def has_given_axes(self):
         """Whether a mapped axis cannot become a leading axis.
 
-        A sharding has a number of axes, and a scale per tensor is that of one tensor.
+        A sharding fixes the number of axes, and a scale per tensor is one tensor's.
         """
         is_sharded = any(t is not None and t.sharding for t in (self.X, self.W, self.B))
         return is_sharded or any(p.scaling == "per_tensor" for p in self.products)
@@ -218,7 +220,7 @@ def _linear(x, weight, bias, spec):
 
 
 class Residuals(NamedTuple):
-    """What is kept: X for ∇W, W for ∇X, and an empty array (*, 0) with Y's rows."""
+    """What is kept: X for ∇W, W for ∇X, and ``rows`` (*, 0) for the axes of dY."""
 
     X: Any
     W: Any
@@ -260,8 +262,9 @@ _linear.defvjp(_linear_forward, _linear_backward, symbolic_zeros=True)
 def _lacks_rows(x, weight, bias):
     """Whether nothing else may give dY the leading or the mapped axes of Y.
 
-    dB has no leading axes. And if `jax.vmap` maps only the bias, Y is mapped, but dX Wᵀ
-    is not: JAX would broadcast it, and sum the cotangent in its own dtype.
+    dB has no leading axes. And if `jax.vmap` maps only a bias without a tangent, Y is
+    mapped, but dX Wᵀ is not: JAX would broadcast dY, and sum its cotangent in its own
+    dtype.
     """
     if bias is None:
         return False

@@ -395,6 +395,12 @@ def test_names_that_the_op_does_not_have_are_refused(names):
         in_every_mode(_gain, _gain_differential, **names)
 
 
+@pytest.mark.parametrize("term", [Term("X", 1), Term(None, -2)], ids=str)
+def test_an_axis_that_no_rule_can_contract_is_refused(term):
+    with pytest.raises(ValueError, match="`contracted` of `s` must be 0, or negative"):
+        in_every_mode(_gain, _gain_differential, terms={"s": term})
+
+
 def test_low_precision_sums_over_mapped_elements_in_float32():
     xs = jnp.ones((1000, 4), "bfloat16")
     gradient = jax.grad(

@@ -1,6 +1,6 @@
 """Every mode of differentiation for an op with a custom VJP.
 
-This folder imports nothing else of the package: copy it to use it.
+This folder imports nothing else from the package: copy it to use it.
 """
 
 from . import jet as jet

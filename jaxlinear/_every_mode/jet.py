@@ -65,7 +65,7 @@ jet_rules[every_mode_p] = _jet_of_op
 jet_rules[linear_map_p] = _jet_of_linear_map
 
 
-# JAX has no rules for two primitives of its own.
+# JAX has no rules for two of its own primitives.
 
 
 def _jet_of_name(primals, series, **parameters):

@@ -18,10 +18,9 @@ class Term(NamedTuple):
 
     Attributes:
       residual: the name of the one residual that it reads, or None.
-      contracted: where the cotangent G of the result gets an axis that is mapped, but
-        not in the argument, so that the backward rule sums over it. The residual, if
-        there is one, has that axis first. Where only G is mapped, it is summed before,
-        in float32 at least.
+      contracted: where the backward rule gets an axis of G over which it sums: 0, or
+        negative, from the end. The residual has that axis first; without a residual it
+        is 0. If the residual is not mapped, G is summed before, in float32 at least.
     """
 
     residual: str | None

@@ -45,8 +45,8 @@ def _value(*arrays, op, static, tree, results, levels):
 linear_map_p = OpenPrimitive("linear_map", _value, lambda *, tree, **_: tree.num_leaves)
 
 
-# 2. The derivative, that of a product: of the tangents the same map, which keeps the
-# transpose, and of the residuals what JAX makes of the differential.
+# 2. The derivative, by the product rule: in the tangents the same map, which keeps its
+# transpose, and in the residuals what JAX derives from the differential.
 
 
 def _jvp(primals, tangents, *, call_jaxpr, **params):
@@ -88,14 +88,14 @@ def _transpose(cotangents, *arguments, op, static, tree, results, levels, call_j
     if levels:
         first = len(arguments) - len(there)
         places = {k: first + place for place, k in enumerate(there) if k in wanted}
-        every = _under_levels(op, static, residuals, places, G, levels)
+        every = _cotangents_under_levels(op, static, residuals, places, G, levels)
     else:
         every = op.backward(static, residuals, G)
     found = {k: op.checked_cotangent(k, every[k], t, levels) for k, t in wanted.items()}
     return [None] * (len(arguments) - len(there)) + [found.get(k) for k in there]
 
 
-def _under_levels(op, static, residuals, places, G, levels):
+def _cotangents_under_levels(op, static, residuals, places, G, levels):
     arrays, structure = jax.tree.flatten(residuals)
     names = _names_of_residuals(jax.tree.structure(residuals))
 
@@ -153,7 +153,7 @@ def _batch(axis, arrays, places, *, call_jaxpr, levels, **params):
         n for n, p in zip(of_residuals, places, strict=False) if p is not None
     } & read
     for k, name in enumerate(of_residuals):
-        if name in mapped and places[k] is None:  # All of what is contracted is mapped.
+        if name in mapped and places[k] is None:  # A residual is mapped as a whole.
             arrays[k] = jnp.broadcast_to(arrays[k], (axis.size, *arrays[k].shape))
             places[k] = 0
     has = [name in op.leading for name in (*of_residuals, *of_tangents)]

@@ -30,7 +30,7 @@ def in_every_mode(
 
         op.defvjp(forward, backward, symbolic_zeros=True)
 
-        forward :: primals, *static -> result, residuals
+        forward :: *primals -> result, residuals  (static arguments at their places)
         backward :: *static, residuals, cotangent of the result -> cotangents
         differential :: *static, residuals, tangents -> tangent of the result
 
@@ -44,10 +44,10 @@ def in_every_mode(
     Residuals are any tree, which may differ with what is perturbed. An argument is an
     array or None, and its primal is then None. The results are arrays in any tree. The
     tangent of an integer result is zeros of dtype ``jax.dtypes.float0``. The function
-    has no effects, and closes over no traced array.
+    must have no effects, and must not close over a traced array.
 
-    ``terms``, ``leading`` and ``linear_in`` tell `jax.vmap` and `jax.linear_transpose`
-    what the rules can do. The gradients are right without them.
+    ``terms``, ``leading`` and ``linear_in`` tell `jax.vmap`, `jax.linear_transpose` and
+    `jet` what the rules can do. The gradients are right without them.
 
     Args:
       op: a `jax.custom_vjp` with its rules. Its static arguments, those of
@@ -57,7 +57,8 @@ def in_every_mode(
       terms: for the name of an argument what its cotangent reads. The backward rule
         then contracts what is mapped, and there is no cotangent for each element. The
         rule must take a cotangent of the result in float32, a sum over elements, where
-        the result has fewer bits. The residuals are a named tuple.
+        the result has fewer bits. The residuals must be a named tuple, of which all
+        fields but the one that is read are then None.
       leading: the names of the arguments and residuals that have the leading axes of
         the result, if the rules work with any number of them. Where all of these are
         mapped, and nothing else, the mapped axis becomes one more leading axis.
@@ -68,8 +69,10 @@ def in_every_mode(
       The function, with the arguments of ``op``.
 
     Raises:
-      TypeError: if ``op`` is not such an object, or a name is not one of its arguments;
-        later if a rule returns another structure, shape or dtype than it must.
+      ValueError: if a term contracts a positive axis.
+      TypeError: if ``op`` is not such an object, or ``terms`` or ``linear_in`` has an
+        unknown name; later if a rule returns another structure, shape or dtype than
+        it must.
     """
     check_rules(op)
     sets = tuple(map(frozenset, linear_in))
@@ -97,7 +100,7 @@ def check_rules(op):
 
 
 def varying_together(arrays):
-    """The arrays, cast to vary over the manual axes of them all.
+    """The arrays, cast to vary over every manual axis of any of them.
 
     JAX transposes the cast into the sum of a cotangent over the axes of
     `jax.shard_map` along which its primal does not vary.
@@ -115,7 +118,7 @@ def varying_together(arrays):
 
 @dataclasses.dataclass(frozen=True)
 class Primal:
-    """An argument as a forward rule reads it, whether it is ``perturbed`` included."""
+    """An argument as a forward rule gets it, with whether it is differentiated."""
 
     value: Any
     perturbed: bool
@@ -123,7 +126,7 @@ class Primal:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Op:
-    """What :func:`jaxlinear._every_mode.in_every_mode` is given.
+    """What :func:`in_every_mode` is given.
 
     The rules are read from the `jax.custom_vjp` each time that they run.
     """
@@ -147,6 +150,12 @@ class Op:
                 f"`op` must have positional arguments with names, got {self._name}"
                 f"{signature(self.vjp.fun)}"
             )
+        for name, term in self.terms.items():
+            if term.contracted > 0 or (term.residual is None and term.contracted):
+                raise ValueError(
+                    f"`contracted` of `{name}` must be 0, or negative with a residual,"
+                    f" got {term.contracted}"
+                )
         for name, given in {
             "terms": {*self.terms},
             "linear_in": set().union(*self.linear_in),
@@ -158,7 +167,7 @@ class Op:
                 )
 
     def split(self, arguments):
-        """The arrays, and the others with their types: 2 and 2.0 are equal."""
+        """The arrays, and the static arguments with their types, since 2 == 2.0."""
         places = self.vjp.nondiff_argnums
         arrays = [a for k, a in enumerate(arguments) if k not in places]
         for name, array in zip(self.arguments, arrays, strict=True):
@@ -180,7 +189,7 @@ class Op:
         return self.vjp.fun(*self._joined(arrays, static))
 
     def forward(self, arrays, tangents, static, results):
-        """The forward rule: the result, and the residuals of these tangents."""
+        """The forward rule: the result, and the residuals that these tangents need."""
         check_rules(self.vjp)
         primals = [
             a if a is None else Primal(a, t is not None)
@@ -204,7 +213,7 @@ class Op:
             )
 
     def check_results(self, rule, found, expected):
-        """Refuse arrays of other shapes and dtypes than the results of the op."""
+        """Refuse arrays whose shapes or dtypes are not those of the op's results."""
         for array, result in zip(found, expected, strict=True):
             dtype = result.dtype
             if rule == "differential" and not jnp.issubdtype(dtype, jnp.inexact):

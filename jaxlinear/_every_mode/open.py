@@ -18,7 +18,7 @@ _is_open = jax.make_user_context(default_value=False)
 
 
 def is_open():
-    """Whether a program is made to be shown: only of JAX's own primitives."""
+    """Whether a ``call_jaxpr`` is traced, which has only JAX's own primitives."""
     return _is_open.value
 
 
@@ -28,7 +28,7 @@ class OpenPrimitive(Primitive):
     Its results are a list of arrays. ``compute`` of arrays and of parameters is jitted
     and returns a tree of them; ``count`` of the parameters is the number of arrays. The
     program is derived from the other parameters each time an equation is made, and is
-    neither differentiated nor compiled: rules may ignore it.
+    there for interpreters: JAX's own rules may ignore it.
     """
 
     multiple_results = True
@@ -62,7 +62,7 @@ class OpenPrimitive(Primitive):
     def _program(self, arrays, params):
         with _is_open(True):
             program = self._compute.trace(*map(jax.typeof, arrays), **params)
-        if len(program.jaxpr.in_avals) != len(arrays):  # JAX has made it an argument.
+        if len(program.jaxpr.in_avals) != len(arrays):  # It became an argument.
             raise TypeError(
                 f"the function of {self.name} must not close over a traced array: make"
                 " it an argument"

@@ -89,7 +89,7 @@ def bias_gradient(G, B_type):
 
 
 def multiply(a, b, contracted_axes, product, sharding, hint=""):
-    """The product of two arrays, or of operands that were made of them before."""
+    """The product of two arrays, or of operands made from them before."""
     a = operand(a, product, 0, contracted_axes[0])
     b = operand(b, product, 1, contracted_axes[1])
     if product.is_scaled:

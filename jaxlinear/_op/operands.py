@@ -20,9 +20,10 @@ def operand(array, product, position, contracted_axes):
 
 
 def shared_operand(array, *products):
-    """``array`` as the first operand of several products, where it is the same.
+    """``array`` as the first operand of several products, or unchanged.
 
-    Its scale is then found once, and over several devices in one collective.
+    It is shared if all take it in one 8-bit dtype with one scale. Its scale is found
+    once, and over several devices in one collective.
     """
     own = {(p.dtype[0], p.scaling) for p in products if p.is_scaled}
     is_shared = len(own) == 1 and all(p.scaling == "per_tensor" for p in products)
@@ -59,7 +60,7 @@ def _without_array(operand):
 
 @partial(_without_array.defjvp, symbolic_zeros=True)
 def _(primals, tangents):
-    # 8 bits have no room for a tangent, and to take it for zero would be silent.
+    # 8 bits have no room for a tangent, and taking it for zero would be a silent error.
     raise TypeError(
         f"an operand that is kept in {primals[0].dtype} for the backward pass has no"
         " second derivative: leave the products of the gradients in the layer's dtype,"
