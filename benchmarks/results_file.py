@@ -6,6 +6,8 @@ import os
 
 import numpy as np
 
+from jaxlinear.inspect._json import as_json
+
 OURS = "jaxlinear"
 MUST_AGREE = "device", "cpu", "versions", "commit", "seconds"
 """What a run must have in common with the file that it goes on with."""
@@ -90,23 +92,8 @@ def read(path):
 def write(document, path):
     """Replace the file at once: whoever stops the run leaves the old or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(as_json(document))
+    temporary.write_text(as_json(document) + "\n")
     os.replace(temporary, path)
-
-
-def as_json(document):
-    """JSON with a line for each value, and for each row of a list of rows."""
-
-    def line(value):
-        return json.dumps(value, ensure_ascii=False)
-
-    def lines(value):
-        if not isinstance(value, list) or not value:
-            return line(value)
-        return "[\n" + ",\n".join(map(line, value)) + "\n]"
-
-    values = (f"{line(name)}: {lines(value)}" for name, value in document.items())
-    return "{\n" + ",\n".join(values) + "\n}\n"
 
 
 def started(path, now, resume):

@@ -81,7 +81,7 @@ def in_every_mode(
 
     @wraps(checked.vjp.fun)
     def in_any_mode(*args, **kwargs):
-        every = signature(checked.vjp.fun).bind(*args, **kwargs)
+        every = checked.signature.bind(*args, **kwargs)
         every.apply_defaults()
         arrays, static = checked.split(every.args)
         arrays, tree = jax.tree.flatten(varying_together(arrays))
@@ -138,17 +138,21 @@ class Op:
     linear_in: tuple[frozenset[str], ...]
 
     @cached_property
+    def signature(self):
+        return signature(self.vjp.fun)
+
+    @cached_property
     def arguments(self):
         """The names of the arguments that are arrays, in their order."""
-        names = enumerate(signature(self.vjp.fun).parameters)
+        names = enumerate(self.signature.parameters)
         return [name for k, name in names if k not in self.vjp.nondiff_argnums]
 
     def check_names(self):
-        kinds = {p.kind for p in signature(self.vjp.fun).parameters.values()}
+        kinds = {p.kind for p in self.signature.parameters.values()}
         if kinds - {Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD}:
             raise TypeError(
                 f"`op` must have positional arguments with names, got {self._name}"
-                f"{signature(self.vjp.fun)}"
+                f"{self.signature}"
             )
         for name, term in self.terms.items():
             if term.contracted > 0 or (term.residual is None and term.contracted):

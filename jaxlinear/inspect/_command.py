@@ -5,7 +5,6 @@ import dataclasses
 import datetime
 import importlib.metadata
 import importlib.util
-import json
 import math
 import os
 import pathlib
@@ -15,6 +14,7 @@ import jax
 
 from jaxlinear._op.cpu import NATIVE, bfloat16_form
 from jaxlinear.inspect._accuracy import FEATURES, ROWS, measured
+from jaxlinear.inspect._json import as_json
 from jaxlinear.inspect._table import table
 
 
@@ -130,8 +130,7 @@ def _as_text(measurements, device):
 
 
 def _as_json(measurements, device):
-    """A line for each value, and for each measurement."""
-    head = {
+    document = {
         "device": device,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": sys.version.split()[0],
@@ -139,18 +138,12 @@ def _as_json(measurements, device):
         "flax": _version("flax"),
         "rows": ROWS,
         "features": FEATURES,
+        "measurements": [
+            {**dataclasses.asdict(m), "is_explained": m.is_explained}
+            for m in measurements
+        ],
     }
-    rows = ",\n".join(
-        _line({**dataclasses.asdict(m), "is_explained": m.is_explained})
-        for m in measurements
-    )
-    lines = [f"{_line(name)}: {_line(value)}" for name, value in head.items()]
-    lines.append(f'"measurements": [\n{rows}\n]')
-    return "{\n" + ",\n".join(lines) + "\n}"
-
-
-def _line(value):
-    return json.dumps(value, ensure_ascii=False)
+    return as_json(document)
 
 
 def _draw(measurements, device, file):
