@@ -81,7 +81,8 @@ def linear(
     The function is jitted, except on a mesh with explicit axes and under
     :func:`jaxlinear.plain_autodiff`. The result of a differentiated call has the
     checkpoint name ``"linear"``; the policy :func:`jaxlinear.save_linear_outputs` saves
-    that of every call.
+    that of every call. A rounded or 8-bit copy that is kept for the backward pass has
+    the name ``"linear_x"`` or ``"linear_weight"``, and a scale ``"linear_scale"``.
 
     Args:
       x: input, with at least one axis. Arguments are whatever ``jnp.asarray`` takes,
@@ -235,8 +236,12 @@ def _linear_forward(x, weight, bias, spec):
     B = None if bias is None else bias.value
     Y = checkpoint_name(forward_product(X, W, B, forward, spec.Y), "linear")
     return Y, Residuals(
-        X=kept_operand(x.value, X, weight_grad, leading) if weight.perturbed else None,
-        W=kept_operand(weight.value, W, input_grad, (0,)) if x.perturbed else None,
+        X=kept_operand("linear_x", x.value, X, weight_grad, leading)
+        if weight.perturbed
+        else None,
+        W=kept_operand("linear_weight", weight.value, W, input_grad, (0,))
+        if x.perturbed
+        else None,
         rows=_rows(Y) if _lacks_rows(x, weight, bias) else None,
     )
 

@@ -332,7 +332,13 @@ def test_tangents_are_not_quantized():
 
 
 @pytest.mark.parametrize(
-    ("saved", "quantized_again"), [(["linear", "linear_operand"], 0), (["linear"], 6)]
+    ("saved", "quantized_again"),
+    [
+        (["linear", "linear_x", "linear_weight"], 0),
+        (["linear", "linear_x", "linear_scale"], 0),
+        (["linear", "linear_x"], 3),
+        (["linear"], 6),
+    ],
 )
 def test_nothing_is_quantized_again_where_remat_saves_it(saved, quantized_again):
     weights = [random_problem((1,), 32, 32, "float32", seed)[1] for seed in range(3)]

@@ -93,3 +93,22 @@ def test_a_frozen_layer_in_a_scan_keeps_its_weight_once(dtypes):
     dtype, compute_dtype = dtypes
     kept = kept_bytes(scanned(linear, compute_dtype), ("x",), dtype)
     assert kept == OUT * IN * jnp.dtype(compute_dtype or dtype).itemsize
+
+
+SAVED_X = jax.checkpoint_policies.save_only_these_names("linear_x", "linear_scale")
+
+
+@pytest.mark.parametrize("wrapped", [applied, jitted])
+@pytest.mark.parametrize(
+    ("policy", "itemsize_of_x"), [(None, 4), (SAVED_X, 2)], ids=["none", "x"]
+)
+def test_a_layer_in_checkpoint_keeps_its_weight_as_it_came(
+    policy, itemsize_of_x, wrapped
+):
+    layer = jax.checkpoint(wrapped(linear, "bfloat16"), policy=policy)
+    x, weight, *_ = random_problem((ROWS,), IN, OUT, "float32")
+    _, vjp = jax.vjp(layer, x, weight)
+    kept = {a.shape: a for a in jax.tree.leaves(vjp) if a.size}
+    assert kept.keys() == {x.shape, weight.shape}
+    assert kept[x.shape].dtype.itemsize == itemsize_of_x
+    assert kept[weight.shape].unsafe_buffer_pointer() == weight.unsafe_buffer_pointer()

@@ -3,6 +3,7 @@
 from functools import partial
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxlinear._op.quantized import Quantized, axes_of_scale, quantize
 
@@ -30,11 +31,17 @@ def shared_operand(array, *products):
     return operand(array, products[0], 0, ()) if is_shared else array
 
 
-def kept_operand(array, forward_operand, product, contracted_axes):
+def kept_operand(name, array, forward_operand, product, contracted_axes):
     """``array`` as ``product`` multiplies it in the backward pass, as the second.
 
-    The operand of the forward product is kept if it is the same.
+    The operand of the forward product is kept if it is the same. A rounded or 8-bit
+    copy has the checkpoint ``name``.
     """
+    kept = _kept_operand(array, forward_operand, product, contracted_axes)
+    return kept if kept is array else checkpoint_name(kept, name)
+
+
+def _kept_operand(array, forward_operand, product, contracted_axes):
     if not product.is_scaled:
         is_array = isinstance(forward_operand, jax.Array)
         if is_array and forward_operand.dtype == product.operand_dtype:

@@ -76,13 +76,12 @@ def _quantized(array, dtype, axes):
     largest = by_platform(_Largest(tuple(axes), of_finite=not is_integer), array)
     # A floor, so that zeros have a scale. Some devices take smaller numbers for zero.
     least = float(jnp.finfo(jnp.float32).tiny)
-    scale = jnp.maximum(largest / top, least)
+    scale = checkpoint_name(jnp.maximum(largest / top, least), "linear_scale")
     values = array / scale
     if is_integer:
         # The scale is infinite or NaN where a value is, and the finite values are zero.
         values = jnp.where(jnp.isinf(array), jnp.sign(array), jnp.round(values))
-    values, scale = checkpoint_name((values.astype(dtype), scale), "linear_operand")
-    return Quantized(values, scale)
+    return Quantized(values.astype(dtype), scale)
 
 
 class _Largest(NamedTuple):
