@@ -100,8 +100,9 @@ def test_a_pipeline_holds_no_weight_and_its_gradients_have_the_plain_programs_bi
         "bfloat16, x @ w.T": 4 * array + 2 * weights,
         "bfloat16, x @ w.T checkpointed": 6 * array,
     }
+    # A CPU without bfloat16 instructions rounds G only under jax.checkpoint.
     same = {name for name, _, same in found if same == "True"}
-    assert same >= {name for name in held if "x @ w.T" not in name}
+    assert same >= {*list(held)[:2], "bfloat16, jaxlinear"}
 
 
 @pytest.mark.skipif(not OLD, reason="`jax.vjp` has `saveable_args`")
