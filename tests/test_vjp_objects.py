@@ -46,6 +46,15 @@ def in_linen(use_bias, options):
     return module.init(jax.random.key(0), jnp.zeros(WIDTH)), module.apply
 
 
+def of_several_axes(use_bias, options):
+    module = jaxlinear.linen.Linear((4, 4), use_bias, axis=(-2, -1), **options)
+
+    def layer(parameters, x):
+        return module.apply(parameters, x.reshape(-1, 4, 4)).reshape(-1, WIDTH)
+
+    return module.init(jax.random.key(0), jnp.zeros((4, 4))), layer
+
+
 def one(parameters, layer):
     return parameters, layer
 
@@ -81,7 +90,7 @@ def held_without_weights(parameters, layer):
 @DEPTHS
 @pytest.mark.parametrize("use_bias", [True, False])
 @pytest.mark.parametrize("options", RECIPES.values(), ids=RECIPES)
-@FORMS
+@pytest.mark.parametrize("form", [of_arrays, in_nnx, in_linen, of_several_axes])
 def test_under_checkpoint_only_the_inputs_are_held(
     form, options, use_bias, wrapped, depth
 ):
