@@ -124,9 +124,8 @@ def test_of_an_input_without_a_gradient_no_weight_is_held(form, options):
 
 
 @pytest.mark.parametrize("options", RECIPES.values(), ids=RECIPES)
-@FORMS
-def test_gradients_have_the_bits_of_those_of_an_object_that_holds_all(form, options):
-    parameters, layer = form(True, options)
+def test_gradients_have_the_bits_of_those_of_an_object_that_holds_all(options):
+    parameters, layer = of_arrays(True, options)
 
     @jax.jit
     def forward(parameters, x):
