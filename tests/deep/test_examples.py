@@ -2,7 +2,9 @@
 
 import re
 
+import jax
 import numpy as np
+import pytest
 from example import printed_by, run
 from matplotlib.image import imread
 
@@ -72,6 +74,42 @@ def test_layers_split_over_eight_devices_learn_what_one_device_does(tmp_path):
     sent = 256 * 10 + 256 * 64 + 32 * 64 + 32 + 10 * 32 + 10
     assert re.search(rf"\| all-reduce \| +float32 \| +6 \| +{4 * sent:,} \|", printed)
     assert float(re.search(r"at most (\S+) from", printed)[1]) < 100 * EPS
+
+
+OLD = jax.__version_info__ < (0, 11)
+
+
+@pytest.mark.skipif(OLD, reason="`jax.vjp` has no `saveable_args`")
+def test_a_pipeline_holds_no_weight_and_its_gradients_have_the_plain_programs_bits(
+    tmp_path,
+):
+    printed = printed_by(tmp_path, "pipeline.py")
+    found = re.findall(
+        r"^(\w+, .*): ([\d,]+) bytes held; same bits: (.*)$", printed, re.M
+    )
+    held = {name: int(size.replace(",", "")) for name, size, _ in found}
+    # Four microbatches; two layers keep their input and the result of tanh.
+    array, weights = 4 * 2 * 32 * 512, 4 * 2 * 512**2
+    assert held == {
+        "float32, jaxlinear": 8 * array,
+        "float32, jaxlinear checkpointed": 8 * array,
+        "float32, x @ w.T": 8 * array + 4 * weights,
+        "float32, x @ w.T checkpointed": 8 * array,
+        "bfloat16, jaxlinear": 4 * array + 2 * weights,
+        "bfloat16, jaxlinear checkpointed": 6 * array,
+        "bfloat16, x @ w.T": 4 * array + 2 * weights,
+        "bfloat16, x @ w.T checkpointed": 6 * array,
+    }
+    # A CPU without bfloat16 instructions rounds G only under jax.checkpoint.
+    same = {name for name, _, same in found if same == "True"}
+    assert same >= {*list(held)[:2], "bfloat16, jaxlinear"}
+
+
+@pytest.mark.skipif(not OLD, reason="`jax.vjp` has `saveable_args`")
+def test_the_pipeline_says_which_jax_it_needs(tmp_path):
+    result = run(tmp_path, "pipeline.py")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert "`saveable_args` needs JAX 0.11, not 0.10" in result.stderr
 
 
 def test_losses_in_8_bits_are_those_in_bfloat16(tmp_path):

@@ -4,7 +4,7 @@ import pathlib
 
 import jax
 from transformations.layers import LINEAR, NAIVE, PLAIN
-from transformations.measure import TOPICS, rows_of
+from transformations.measure import NEWER, TOPICS, rows_of
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "transformations.md"
 COLUMNS = LINEAR, NAIVE, PLAIN
@@ -57,7 +57,8 @@ def _tables(cells, chosen):
         for name in names:
             row = in_words(name)
             mark = [" ¹" * ((row, c) in ON_THE_OLDEST) for c in COLUMNS]
-            text += _line(row, *map(str.__add__, cells[name], mark))
+            cells_of_row = map(str.__add__, cells[name], mark)
+            text += _line(row + " ²" * (name in NEWER), *cells_of_row)
     return text
 
 
@@ -72,13 +73,14 @@ def text(cells):
         f"{HEAD}\n## Where the plain rule fails\n{_tables(cells, fails)}"
         f"\n¹ On JAX {OLDEST}: {older}.\n"
         f"\n## Where all pass\n{_tables(cells, lambda row: not fails(row))}"
+        "\n² Needs JAX 0.11.1.\n"
     )
 
 
 def recorded():
     """What the page says of this JAX, by row and column."""
     lines = [
-        [cell.strip(" ¹") for cell in line.split("|")[1:-1]]
+        [cell.strip(" ¹²") for cell in line.split("|")[1:-1]]
         for line in PAGE.read_text().splitlines()
         if line.startswith("| ")
     ]

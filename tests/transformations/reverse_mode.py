@@ -42,10 +42,3 @@ def hessian_vector_product_forward_over_reverse(layer, *arrays):
 def hessian_vector_product_reverse_over_reverse(layer, *arrays):
     gradient = jax.grad(loss(layer), EVERY)
     return jax.vjp(gradient, *arrays)[1](directions(*arrays))
-
-
-def vjp_accumulated_in_references(layer, *arrays):
-    Y, pull_back = jax.vjp(layer, *arrays)
-    references = [jax.new_ref(jnp.ones_like(a)) for a in arrays]
-    pull_back.with_refs(*references)(jnp.cos(Y))
-    return [reference[...] for reference in references]
