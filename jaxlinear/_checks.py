@@ -32,17 +32,14 @@ ARRAYS = jax.Array, np.ndarray, jax.ShapeDtypeStruct
 
 def checked_arrays(x, weight, bias):
     """The arguments as JAX arrays: whatever ``jnp.asarray`` takes except containers."""
-    # Before `jax.jit`, which takes fewer kinds. Every call of `linear` pays for this.
-    if not isinstance(x, jax.Array):
-        x = checked_array("x", x)
-    if not isinstance(weight, jax.Array):
-        weight = checked_array("weight", weight)
-    if bias is not None and not isinstance(bias, jax.Array):
-        bias = checked_array("bias", bias)
-    return x, weight, bias
+    # Before `jax.jit`, which takes fewer kinds.
+    x, weight = checked_array("x", x), checked_array("weight", weight)
+    return x, weight, None if bias is None else checked_array("bias", bias)
 
 
 def checked_array(name, value):
+    if isinstance(value, jax.Array):  # As it is: a copy would be one more residual.
+        return value
     if value is None or isinstance(value, (str, list, tuple, dict, set)):
         raise TypeError(f"`{name}` must be an array, got {type(value).__name__}")
     try:

@@ -109,6 +109,22 @@ def test_in_float32_only_the_inputs_are_held_without_checkpoint(
     assert held == depth * X.nbytes
 
 
+@FORMS
+def test_outside_jit_the_arguments_are_held_as_they_came(form):
+    parameters, layer = form(True, {})
+    _, vjp = jax.vjp(layer, parameters, X, saveable_args=(False, False))
+    assert not any(leaf.size for leaf in jax.tree.leaves(vjp))
+
+
+def test_on_an_explicit_mesh_the_arguments_are_held_as_they_came():
+    mesh = jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Explicit,))
+    parameters, layer = of_arrays(False, {})
+    with jax.set_mesh(mesh):
+        arrays = jax.device_put((parameters, X), jax.P())
+        _, vjp = jax.vjp(layer, *arrays, saveable_args=(False, False))
+    assert not any(leaf.size for leaf in jax.tree.leaves(vjp))
+
+
 @DEPTHS
 def test_the_naive_formula_holds_a_transposed_weight(wrapped, depth):
     parameters, _ = of_arrays(False, {})

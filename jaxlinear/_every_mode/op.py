@@ -105,7 +105,7 @@ def varying_together(arrays):
     JAX transposes the cast into the sum of a cotangent over the axes of
     `jax.shard_map` along which its primal does not vary.
     """
-    arrays = jax.tree.map(jnp.asarray, arrays)
+    arrays = jax.tree.map(_as_array, arrays)
     varying = [jax.typeof(a).manual_axis_type.varying for a in jax.tree.leaves(arrays)]
     axes = frozenset().union(*varying)
 
@@ -114,6 +114,11 @@ def varying_together(arrays):
         return lax.pcast(a, tuple(sorted(missing)), to="varying") if missing else a
 
     return jax.tree.map(cast, arrays)
+
+
+def _as_array(value):
+    # An array as it is: a copy of an argument would be one more residual.
+    return value if isinstance(value, jax.Array) else jnp.asarray(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -314,6 +319,7 @@ every_mode_p = OpenPrimitive("every_mode", _value, lambda *, tree, **_: tree.num
 
 def _jvp(primals, tangents, *, call_jaxpr, **params):
     op, static, tree = params["op"], params["static"], params["tree"]
+    primals = [*map(_as_array, primals)]  # Outside `jit` one may be a Python number.
     moving = [None if type(t) is ad.Zero else t for t in tangents]
     expected = every_mode_p.types(*primals, **params)
     results = jax.tree.structure(expected)
@@ -324,7 +330,7 @@ def _jvp(primals, tangents, *, call_jaxpr, **params):
         dY = linear_map(op, static, residuals, tangents, results)
         return jax.tree.leaves(Y), jax.tree.leaves(dY)
 
-    Y, dY = under_levels(params["levels"], derivative, copies=2)([[*primals], moving])
+    Y, dY = under_levels(params["levels"], derivative, copies=2)([primals, moving])
     op.check_results("forward rule", Y, jax.tree.leaves(expected))
     op.check_results("differential", dY, jax.tree.leaves(expected))
     return Y, dY
