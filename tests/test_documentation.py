@@ -20,7 +20,7 @@ README = ROOT / "README.md"
 BLOCK = re.compile(
     r'^```python(?: title="(.*?)")?\n(.*?)^```', re.DOTALL | re.MULTILINE
 )
-"""A block and its title: ``raises Error: message``, a file of ours, or none."""
+"""A block and its title: ``raises Error: message``, ``needs JAX``, a file or none."""
 
 
 def blocks(text):
@@ -57,6 +57,11 @@ def lines_of(code):
 
 def run(title, code, names):
     """Run a block, or compare it with the file that it is said to be from."""
+    if title.startswith("needs JAX "):
+        needed = tuple(map(int, title.removeprefix("needs JAX ").split(".")))
+        if jax.__version_info__ < needed:
+            pytest.skip(title)
+        title = ""
     if not title:
         exec(compile(code, "documentation", "exec"), names)
     elif title.startswith("raises "):
