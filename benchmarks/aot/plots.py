@@ -49,11 +49,12 @@ def against_chips(rows, title):
 
 def against_layers(rows, targets):
     """Temporaries against the number of layers, a panel for each of the targets."""
-    figure = Figure((7.5, 4), layout="constrained")
+    figure = Figure((7.5, 4.3), layout="constrained")
     drawn = {  # contender and line: what it is called and how it is drawn
         ("naive", None): ("naive formula", "C1--o"),
-        ("ours", None): ("ours", "C0-o"),
-        ("ours", "unfenced"): ("ours, the layer in jax.checkpoint", "C2-o"),
+        ("ours", None): ("ours", "C1-o"),
+        ("naive", "unfenced"): ("naive formula in jax.checkpoint", "C0--o"),
+        ("ours", "unfenced"): ("ours in jax.checkpoint", "C0-o"),
     }
     panels = figure.subplots(1, len(targets), sharey=True)
     for ax, (target, name) in zip(panels, targets.items(), strict=True):
@@ -71,6 +72,6 @@ def against_layers(rows, targets):
     panels[0].set_ylabel("temporaries, MiB")
     panels[len(panels) // 2].set_xlabel("layers of 2048 × 2048 under scan")
     figure.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3
+        *panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2
     )
     return figure
