@@ -28,27 +28,16 @@ def main(cell):
 
 def compiled(cell):
     target, chips = cell["target"], cell.get("chips", 1)
-    layout, platform = cell.get("layout"), targets.platform(target)
-    devices = targets.devices(target, chips)
-    if layout is None:
-        devices, default = devices[:1], ["ours", "naive", "Flax"]
-        backends = BACKENDS if platform == "cuda" else [platform]
+    platform, devices = targets.platform(target), targets.devices(target, chips)
+    if "layout" in cell:
+        contenders, backends = programs.CONTENDERS, ["triton"]
     else:
-        default = programs.CONTENDERS
-        backends = ["triton"] if platform == "cuda" else [platform]
-    backends = cell.get("backends", backends)
-    lines = cell.get("lines", [None])
-    for contender, line in itertools.product(cell.get("contenders", default), lines):
+        devices, contenders, backends = devices[:1], ["ours", "naive", "Flax"], BACKENDS
+    contenders = cell.get("contenders", contenders)
+    backends = cell.get("backends", backends) if platform == "cuda" else [platform]
+    for contender, line in itertools.product(contenders, cell.get("lines", [None])):
         case = programs.Case.named(cell["case"], contender, line)
-        if case.program in stacks.PROGRAMS:
-            sizes = stacks.Sizes(**cell.get("sizes", {}))
-            step, arguments = stacks.placed(case, devices, layout, sizes)
-        elif layout is None:
-            step, arguments = programs.on_one(case, devices[0])
-        else:
-            sizes = sharded.Sizes(**cell.get("sizes", {}))
-            axes = cell.get("axes", "auto")
-            step, arguments = sharded.sharded(case, devices, layout, axes, sizes)
+        step, arguments = program_of(case, cell, devices)
         lowered = step.trace(*arguments).lower(lowering_platforms=(platform,))
         for backend in backends:
             begin = time.perf_counter()
@@ -57,6 +46,17 @@ def compiled(cell):
             row = {"devices": len(devices), "backend": backend, "contender": contender}
             row |= {"line": line} if line else {}
             yield row | figures(program) | {"compile_s": seconds}
+
+
+def program_of(case, cell, devices):
+    """The function of a case and its arguments."""
+    layout, sizes = cell.get("layout"), cell.get("sizes", {})
+    if case.program in stacks.PROGRAMS:
+        return stacks.placed(case, devices, layout, stacks.Sizes(**sizes))
+    if layout is None:
+        return programs.on_one(case, devices[0])
+    axes = cell.get("axes", "auto")
+    return sharded.sharded(case, devices, layout, axes, sharded.Sizes(**sizes))
 
 
 def figures(program):

@@ -35,7 +35,7 @@ def test_committed_figures_have_the_shares_that_the_page_states(target):
     check_shares({(r["contender"], r.get("line")): r for r in rows}, *BEST[target])
 
 
-def test_scanned_layers_in_a_checkpoint_keep_no_copy_of_a_weight_on_this_cpu():
+def test_scanned_layers_in_a_checkpoint_keep_a_copy_less_on_this_cpu():
     rows = rows_of(program="scanned", sizes=SMALL)
     assert len(rows) == 9
     check_shares(rows, *BEST["cpu"])

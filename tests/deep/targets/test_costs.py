@@ -105,11 +105,11 @@ def test_products_and_their_arrays_are_counted():
     ("target", "line", "temporaries", "moved"),
     [("h100", "unfenced", 0.72, 0.97), ("v5e", "fenced", 0.45, 0.85)],
 )
-def test_scanned_layers_in_a_checkpoint_keep_no_copy_of_a_weight(
+def test_scanned_layers_in_a_checkpoint_need_less_than_the_naive_formula(
     target, line, temporaries, moved
 ):
     """Eight layers of float32 weights, in mixed precision, beside the naive formula."""
-    cell = {"backends": [kept.BACKENDS[target]], "sizes": kept.LAYERS}
+    cell = {"backends": ["triton"], "sizes": kept.LAYERS}
     [naive], [ours] = (
         compiled(
             target, "scanned-mixed-plain", **cell, contenders=[name], lines=[which]
