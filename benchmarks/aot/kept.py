@@ -95,8 +95,8 @@ def tables(document):
 def caption(document):
     cores = document["device"].removeprefix("CPU, ")
     return (
-        f"Compiled {stamped(document)} with JAX {document['versions']['jax']}. The CPU"
-        f" is a {kind(document)} ({document['cpu']['model']}), {cores}, timed"
+        f"Compiled {stamped(document)} with JAX {document['versions']['jax']}."
+        f" {kind(document)} ({document['cpu']['model']}), {cores}, timed"
         f" {stamped(document['timed'])}:"
     )
 
