@@ -66,10 +66,10 @@ def against_layers(rows, targets):
                 == (target, *which)
             )
             ax.plot(*zip(*mine, strict=True), style, label=label, markersize=4)
-        ax.set(title=name, ylim=(0, None))
+        ax.set_title(name)
         ax.set_xticks([2, 8, 16, 32])
         ax.grid(alpha=0.3)
-    panels[0].set_ylabel("temporaries, MiB")
+    panels[0].set(ylabel="temporaries, MiB", ylim=(0, None))
     panels[len(panels) // 2].set_xlabel("layers of 2048 × 2048 under scan")
     figure.legend(
         *panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2

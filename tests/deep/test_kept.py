@@ -85,3 +85,5 @@ def test_the_picture_has_every_depth_of_every_target():
     assert [panel.get_title() for panel in panels] == [*kept.TARGETS.values()]
     for panel in panels:
         assert [[*line.get_xdata()] for line in panel.lines] == [kept.DEPTHS] * 4
+        top = max(max(line.get_ydata()) for line in panel.lines)
+        assert panel.get_ylim()[0] == 0 < top < panel.get_ylim()[1]
