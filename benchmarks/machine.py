@@ -39,6 +39,11 @@ def stamped(document):
     return f"on {document['date'][:10]} at commit {document['commit'][:7]}{changed}"
 
 
+def kind(document):
+    is_native = document["cpu"]["bfloat16 instructions"] == "yes"
+    return f"CPU {'with' if is_native else 'without'} bfloat16 instructions"
+
+
 def versions():
     found = {"python": platform.python_version()}
     for name in LIBRARIES:

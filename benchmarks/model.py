@@ -140,25 +140,31 @@ def loss_of(gpt, layer, dtype):
 
 
 def logits(gpt, layer, dtype, parameters, tokens):
-    other, linears = parameters["other"], iter(parameters["linear"])
+    other, weights = parameters["other"], iter(parameters["linear"])
     norms = iter(other["norms"])
 
     def linear(x):
-        return layer(next(linears), x, dtype)
-
-    def norm(x):
-        x = x.astype(jnp.float32)
-        scale = jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6)
-        return (x * scale * next(norms)[None, None]).astype(dtype)
+        return layer(next(weights), x, dtype)
 
     x = other["embedding"][tokens[:, :-1]] + other["position"][None]
     x = x.astype(dtype)
     for _ in range(gpt.layers):
-        normed = norm(x)
-        q, k, v = (linear(normed) for _ in range(3))
-        x = x + linear(attention(gpt, q, k, v))
-        x = x + linear(jax.nn.gelu(linear(norm(x))))
-    return linear(norm(x)).astype(jnp.float32)
+        x = block(gpt, linear, norms, x)
+    return linear(norm(x, next(norms))).astype(jnp.float32)
+
+
+def block(gpt, linear, norms, x):
+    """Attention and an MLP; ``linear`` and ``norms`` take their parameters in turn."""
+    normed = norm(x, next(norms))
+    q, k, v = (linear(normed) for _ in range(3))
+    x = x + linear(attention(gpt, q, k, v))
+    return x + linear(jax.nn.gelu(linear(norm(x, next(norms)))))
+
+
+def norm(x, weight):
+    wide = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(wide**2, -1, keepdims=True) + 1e-6)
+    return (wide * scale * weight[None, None]).astype(x.dtype)
 
 
 def attention(gpt, q, k, v):

@@ -7,7 +7,8 @@ With the tables, the plots are drawn; they are not checked.
 The results are in ``benchmarks/results``: timings on a CPU with bfloat16 instructions
 (``native.json``), on one without (``plain.json``) and of few rows (``decoding.json``);
 the errors against float64 (``accuracy.json``, from ``python -m jaxlinear --json``); the
-programs of the scale study (``scale.json``). The failing transformations are counted on
+programs of the scale study (``scale.json``) and of what the backward pass keeps
+(``kept.json``). The failing transformations are counted on
 their own page. ``older`` in a file of results is written by hand: it names the products
 that have changed since the file was measured, and is shown with the figures.
 """
@@ -18,8 +19,8 @@ import difflib
 import json
 
 from benchmarks import plots, results_file
-from benchmarks.aot import study
-from benchmarks.machine import ROOT, stamped
+from benchmarks.aot import kept, study
+from benchmarks.machine import ROOT, kind, stamped
 from benchmarks.model import GPT_STEP
 from benchmarks.report import geometric_mean, megabytes
 from benchmarks.results_file import OURS, rows_of
@@ -60,7 +61,8 @@ def main():
         raise SystemExit(1)
     if not is_check:
         plots.draw(results_file.read(RESULTS / TIMED[0]), DOCS, prefix="speed-")
-        study.draw(compiled(), DOCS)
+        study.draw(compiled("scale.json"), DOCS)
+        kept.draw(compiled("kept.json"), DOCS)
 
 
 def changed_pages(pages, parts):
@@ -99,12 +101,13 @@ def parts():
         "accuracy": errors(json.loads((RESULTS / "accuracy.json").read_text())),
         "speed": speed(timed),
         "decoding": decoding(results_file.read(RESULTS / "decoding.json")),
-        **study.tables(compiled()),
+        **study.tables(compiled("scale.json")),
+        **kept.tables(compiled("kept.json")),
     }
 
 
-def compiled():
-    return json.loads((RESULTS / "scale.json").read_text())
+def compiled(name):
+    return json.loads((RESULTS / name).read_text())
 
 
 # What README says.
@@ -168,11 +171,6 @@ def speed(timed):
     for document in timed:
         tables += [caption(document), layers(document), *model(document)]
     return "\n\n".join(tables)
-
-
-def kind(document):
-    is_native = document["cpu"]["bfloat16 instructions"] == "yes"
-    return f"CPU {'with' if is_native else 'without'} bfloat16 instructions"
 
 
 def age(document):

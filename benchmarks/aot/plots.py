@@ -45,3 +45,33 @@ def against_chips(rows, title):
         ax.minorticks_off()
     figure.axes[0].legend(fontsize=8)
     return figure
+
+
+def against_layers(rows, targets):
+    """Temporaries against the number of layers, a panel for each of the targets."""
+    figure = Figure((7.5, 4.3), layout="constrained")
+    drawn = {  # contender and line: what it is called and how it is drawn
+        ("naive", None): ("naive formula", "C1--o"),
+        ("ours", None): ("ours", "C1-o"),
+        ("naive", "unfenced"): ("naive formula in jax.checkpoint", "C0--o"),
+        ("ours", "unfenced"): ("ours in jax.checkpoint", "C0-o"),
+    }
+    panels = figure.subplots(1, len(targets), sharey=True)
+    for ax, (target, name) in zip(panels, targets.items(), strict=True):
+        for which, (label, style) in drawn.items():
+            mine = sorted(
+                (row["sizes"]["layers"], row["temporary_bytes"] / 2**20)
+                for row in rows
+                if (row["target"], row["contender"], row.get("line"))
+                == (target, *which)
+            )
+            ax.plot(*zip(*mine, strict=True), style, label=label, markersize=4)
+        ax.set_title(name)
+        ax.set_xticks([2, 8, 16, 32])
+        ax.grid(alpha=0.3)
+    panels[0].set(ylabel="temporaries, MiB", ylim=(0, None))
+    panels[len(panels) // 2].set_xlabel("layers of 2048 × 2048 under scan")
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2
+    )
+    return figure

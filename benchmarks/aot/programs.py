@@ -3,6 +3,7 @@
 A case has a name, ``mlp-mixed-bias``: the program, its dtypes, and whether there are
 biases. Its layers are ours, the naive formula or Flax's; over several devices they are
 also ours with the gradients reduced in the compute dtype, as the others reduce them.
+There may be `jax.checkpoint` around each layer.
 """
 
 import dataclasses
@@ -54,11 +55,13 @@ class Case:
     param_dtype: str
     has_bias: bool
     contender: str
+    line: str | None = None
+    """`jax.checkpoint` around each layer, "fenced" or "unfenced", or none."""
 
     @classmethod
-    def named(cls, name, contender):
+    def named(cls, name, contender, line=None):
         program, dtypes, bias = name.split("-")
-        return cls(program, *DTYPES[dtypes], BIASES[bias], contender)
+        return cls(program, *DTYPES[dtypes], BIASES[bias], contender, line)
 
     @property
     def is_transposed(self):
@@ -66,7 +69,12 @@ class Case:
         return self.contender == "Flax"
 
     def layer(self, parameters, x, out_sharding=None):
-        return CONTENDERS[self.contender](parameters, x, self.dtype, out_sharding)
+        def apply(parameters, x):
+            return CONTENDERS[self.contender](parameters, x, self.dtype, out_sharding)
+
+        if self.line:
+            apply = jax.checkpoint(apply, prevent_cse=self.line == "fenced")
+        return apply(parameters, x)
 
     def parameters(self, in_features, out_features, layers=None):
         """Those of one layer, or of a stack of them."""

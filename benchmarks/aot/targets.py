@@ -22,9 +22,15 @@ TARGETS = [*TPUS, *GPUS]
 GPUS_OF_A_HOST = 8
 
 
+def platform(target):
+    """JAX's name for it. The target "cpu" is this machine."""
+    return "tpu" if target in TPUS else "cuda" if target in GPUS else "cpu"
+
+
 def compiler(target):
     """The package that has the compiler."""
-    return "libtpu" if target in TPUS else "jax_cuda12_plugin"
+    names = {"tpu": "libtpu", "cuda": "jax_cuda12_plugin", "cpu": "jaxlib"}
+    return names[platform(target)]
 
 
 def absent(targets):
@@ -48,8 +54,11 @@ def missing(target, chips):
 
 def devices(target, chips):
     """``chips`` devices of a topology, in a line. A chip of TPU 7x is two devices."""
+    import jax
     from jax.experimental import topologies
 
+    if target == "cpu":
+        return jax.devices("cpu")
     if target in TPUS:
         shape = torus(max(chips, 4), TPUS[target][0])
         name = f"{target}:{'x'.join(map(str, shape))}"

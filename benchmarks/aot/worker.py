@@ -1,10 +1,11 @@
-"""Compile one case for a target and print a line of JSON for each contender.
+"""Compile one case for a target, or time it here: a line of JSON for each contender.
 
     python -m benchmarks.aot.worker '{"target": "h100", "case": "layer-mixed-bias"}'
 
 A process of its own, since a compiler may abort the one that it runs in.
 """
 
+import itertools
 import json
 import os
 import sys
@@ -14,39 +15,48 @@ from benchmarks.aot import targets
 
 os.environ |= targets.SETTINGS
 
-from benchmarks.aot import account, programs, sharded
+from benchmarks.aot import account, programs, sharded, stacks, timed
 
 BACKENDS = {"triton": None, "cublas": {"xla_gpu_enable_triton_gemm": False}}
 """Of the products on GPUs. A device chooses between them by timing."""
 
 
 def main(cell):
+    for row in timed.rows(cell) if "seconds" in cell else compiled(cell):
+        print(json.dumps(row), flush=True)
+
+
+def compiled(cell):
     target, chips = cell["target"], cell.get("chips", 1)
-    layout, is_tpu = cell.get("layout"), target in targets.TPUS
-    devices = targets.devices(target, chips)
-    if layout is None:
-        devices, default = devices[:1], ["ours", "naive", "Flax"]
-        backends = ["tpu"] if is_tpu else BACKENDS
+    platform, devices = targets.platform(target), targets.devices(target, chips)
+    if "layout" in cell:
+        contenders, backends = programs.CONTENDERS, ["triton"]
     else:
-        default = programs.CONTENDERS
-        backends = ["tpu"] if is_tpu else ["triton"]
-    for contender in cell.get("contenders", default):
-        case = programs.Case.named(cell["case"], contender)
-        if layout is None:
-            step, arguments = programs.on_one(case, devices[0])
-        else:
-            sizes = sharded.Sizes(**cell.get("sizes", {}))
-            axes = cell.get("axes", "auto")
-            step, arguments = sharded.sharded(case, devices, layout, axes, sizes)
-        platform = "tpu" if is_tpu else "cuda"
+        devices, contenders, backends = devices[:1], ["ours", "naive", "Flax"], BACKENDS
+    contenders = cell.get("contenders", contenders)
+    backends = cell.get("backends", backends) if platform == "cuda" else [platform]
+    for contender, line in itertools.product(contenders, cell.get("lines", [None])):
+        case = programs.Case.named(cell["case"], contender, line)
+        step, arguments = program_of(case, cell, devices)
         lowered = step.trace(*arguments).lower(lowering_platforms=(platform,))
         for backend in backends:
             begin = time.perf_counter()
             program = lowered.compile(compiler_options=BACKENDS.get(backend))
             seconds = time.perf_counter() - begin
             row = {"devices": len(devices), "backend": backend, "contender": contender}
-            row |= figures(program) | {"compile_s": seconds}
-            print(json.dumps(row), flush=True)
+            row |= {"line": line} if line else {}
+            yield row | figures(program) | {"compile_s": seconds}
+
+
+def program_of(case, cell, devices):
+    """The function of a case and its arguments."""
+    layout, sizes = cell.get("layout"), cell.get("sizes", {})
+    if case.program in stacks.PROGRAMS:
+        return stacks.placed(case, devices, layout, stacks.Sizes(**sizes))
+    if layout is None:
+        return programs.on_one(case, devices[0])
+    axes = cell.get("axes", "auto")
+    return sharded.sharded(case, devices, layout, axes, sharded.Sizes(**sizes))
 
 
 def figures(program):
