@@ -27,7 +27,13 @@ from jaxlinear.inspect._table import table
 RESULTS = ROOT / "benchmarks" / "results" / "kept.json"
 TARGETS = {"h100": "H100", "v5e": "TPU v5e", "cpu": "CPU"}
 CONTENDERS = {"naive": "naive formula", "Flax": "Flax's layer", "ours": "ours"}
+EIGHT_BITS = ["FLOAT8", "INT8"]
 LINES = {None: "no", "fenced": "fenced", "unfenced": "unfenced"}
+LINES_OF_EIGHT_BITS = {
+    None: "no",
+    "unfenced": "unfenced",
+    "with the policy": "unfenced, with the policy",
+}
 LAYERS = {"layers": 8, "width": 2048, "rows": 512}
 GPT = LAYERS | {"width": 1024}
 PROGRAMS = {"scanned": LAYERS, "written": LAYERS, "gpt": GPT, "remat": GPT}
@@ -53,6 +59,9 @@ def cell(target, program, **more):
 def cells():
     for target, program in itertools.product(TARGETS, PROGRAMS):
         yield cell(target, program)
+    for target in TARGETS:
+        lines = [*LINES_OF_EIGHT_BITS]
+        yield cell(target, "scanned", contenders=EIGHT_BITS, lines=lines)
     two, without = ["naive", "ours"], [None, "unfenced"]
     for target, depth in itertools.product(TARGETS, DEPTHS):
         if depth != LAYERS["layers"]:
@@ -88,6 +97,7 @@ def tables(document):
         "kept": f"{caption(document)}\n\n{table(heading, lines['scanned'])}",
         "kept-written": table(heading, lines["written"]),
         "kept-gpt": table(["block recomputed", *heading], gpt),
+        "kept-eight-bits": eight_bits(document["rows"]),
         "kept-sharded": sharded(document["rows"]),
     }
 
@@ -126,6 +136,16 @@ def lines_of(document, program):
             " / ".join(str(row["converts"]) for row in rows),
             *(f"{time[name]:.2f}" for name in ("to naive", "to ours")),
         ]
+
+
+def eight_bits(rows):
+    heading = ["products", "`jax.checkpoint`", *map(memory_of, TARGETS.values())]
+    lines = []
+    for recipe, line in itertools.product(EIGHT_BITS, LINES_OF_EIGHT_BITS):
+        found = chosen(rows, "scanned", contender=recipe, line=line)
+        names = f"`{recipe}`", LINES_OF_EIGHT_BITS[line]
+        lines.append([*names, *map(memory, found)])
+    return table(heading, lines)
 
 
 def sharded(rows):

@@ -7,6 +7,7 @@ There may be `jax.checkpoint` around each layer.
 """
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -44,6 +45,21 @@ CONTENDERS = {
     "naive": peers.naive,
     "Flax": peers.flax_nnx,
 }
+EIGHT_BITS = {
+    name: functools.partial(peers.ours, products=getattr(jaxlinear, name))
+    for name in ("FLOAT8", "INT8")
+}
+LINES = {
+    "fenced": {},
+    "unfenced": {"prevent_cse": False},
+    "with the policy": {
+        "prevent_cse": False,
+        "policy": jax.checkpoint_policies.save_only_these_names(
+            "linear_x", "linear_scale"
+        ),
+    },
+}
+"""`jax.checkpoint` around a layer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +72,6 @@ class Case:
     has_bias: bool
     contender: str
     line: str | None = None
-    """`jax.checkpoint` around each layer, "fenced" or "unfenced", or none."""
 
     @classmethod
     def named(cls, name, contender, line=None):
@@ -70,10 +85,11 @@ class Case:
 
     def layer(self, parameters, x, out_sharding=None):
         def apply(parameters, x):
-            return CONTENDERS[self.contender](parameters, x, self.dtype, out_sharding)
+            layer = (CONTENDERS | EIGHT_BITS)[self.contender]
+            return layer(parameters, x, self.dtype, out_sharding)
 
         if self.line:
-            apply = jax.checkpoint(apply, prevent_cse=self.line == "fenced")
+            apply = jax.checkpoint(apply, **LINES[self.line])
         return apply(parameters, x)
 
     def parameters(self, in_features, out_features, layers=None):
