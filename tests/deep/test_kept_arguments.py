@@ -21,8 +21,9 @@ import jaxlinear
 import jaxlinear.linen
 import jaxlinear.nnx
 from jaxlinear import Product, Products, linear
+from jaxlinear._op import cpu
 
-LAYERS, ROWS, LENGTH, WIDTH = 3, 8, 4, 16
+LAYERS, ROWS, LENGTH, WIDTH = 3, 8, 12, 16
 WEIGHT = WIDTH, WIDTH
 
 RECIPES = {
@@ -180,6 +181,20 @@ def test_operations_and_values_are_those_without_checkpoint(mode, recipe):
             assert bool((ours == without).all())
 
 
+@pytest.mark.parametrize("line", ["unfenced", "policy"])
+@pytest.mark.parametrize("form", [cpu.NATIVE, cpu.SHARED, cpu.READ, cpu.WIDENED])
+def test_so_they_are_in_each_form_of_bfloat16_products(use_form, form, line):
+    use_form(form)
+    layer = layer_of("bfloat16")
+    (expected, values), (found, others) = (
+        passes("call", layer),
+        passes("call", LINES[line](layer)),
+    )
+    assert found == expected
+    every = zip(others, values, strict=True)
+    assert all(bool((ours == without).all()) for ours, without in every)
+
+
 @each_recipe
 @each_line
 def test_forward_mode_is_that_without_checkpoint(line, recipe):
@@ -233,6 +248,38 @@ def test_a_scanned_stack_on_a_mesh_sends_what_it_sends_without_checkpoint(
 
     line = "policy" if recipe in EIGHT_BITS else "unfenced"
     assert sent(LINES[line](layer)) == sent(layer)
+
+
+@pytest.mark.parametrize("where", ["around the layer", "around the gather too"])
+def test_on_an_explicit_mesh_a_gathered_weight_is_kept_or_gathered_again(where):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    rows = NamedSharding(mesh, P("data"))
+    unfenced = LINES["unfenced"]
+
+    def layer(x, weight):
+        return linear(x, weight, dtype="bfloat16", out_sharding=rows)
+
+    def gathered(layer):
+        return lambda x, w: layer(x, jax.sharding.reshard(w, P()))
+
+    inside = where == "around the gather too"
+    line = unfenced(gathered(layer)) if inside else gathered(unfenced(layer))
+
+    def figures(layer):
+        def loss(weights, x):
+            return jnp.sum(in_scan(layer)(x, weights).astype("float32") ** 2)
+
+        shape, sharding = (LAYERS, 256, 256), NamedSharding(mesh, P(None, "data"))
+        weights = jax.ShapeDtypeStruct(shape, "float32", sharding=sharding)
+        x = jax.ShapeDtypeStruct((512, 256), "bfloat16", sharding=rows)
+        with jax.set_mesh(mesh):
+            program = jax.jit(jax.grad(loss)).lower(weights, x).compile()
+        gathers = [c for c in collectives(program) if c[0] == "all-gather"]
+        return len(gathers), program.memory_analysis().temp_size_in_bytes
+
+    (expected, most), (found, held) = figures(gathered(layer)), figures(line)
+    assert found == expected + inside
+    assert held < most or not inside
 
 
 # The modules.
