@@ -79,8 +79,8 @@ def plain_gradients(layer, weights, inputs, targets):
 
 
 def main():
-    if jax.__version_info__ < (0, 11):
-        raise SystemExit(f"`saveable_args` needs JAX 0.11, not {jax.__version__}.")
+    if jax.__version_info__ < (0, 11, 1):
+        raise SystemExit(f"`saveable_args` needs JAX 0.11.1, not {jax.__version__}.")
     draw = np.random.default_rng(0).normal
     inputs, targets = draw(size=(2, MICROBATCHES, ROWS, WIDTH)).astype("float32")
     weights = draw(size=(STAGES, LAYERS, WIDTH, WIDTH)).astype("float32") / WIDTH**0.5
