@@ -42,7 +42,7 @@ def test_scanned_layers_in_a_checkpoint_keep_a_copy_less_on_this_cpu():
     copies = SMALL["layers"] * SMALL["width"] ** 2 * 2
     for contender in kept.CONTENDERS:
         found = [rows[contender, line]["temporary_bytes"] for line in kept.LINES]
-        assert max(found[1:]) <= found[0] - 0.9 * copies
+        assert max(found[1:]) <= found[0] - 0.8 * copies
 
 
 def test_a_gpt_keeps_a_copy_less_and_none_where_its_blocks_are_recomputed():
