@@ -16,7 +16,6 @@ from jax.sharding import PartitionSpec as P
 from benchmarks import model
 from benchmarks.aot.programs import mean_square
 
-PROGRAMS = ["scanned", "written", "gpt", "remat"]
 ROWS_OVER = 4
 """The devices that share the rows, where there are several."""
 

@@ -51,7 +51,7 @@ def compiled(cell):
 def program_of(case, cell, devices):
     """The function of a case and its arguments."""
     layout, sizes = cell.get("layout"), cell.get("sizes", {})
-    if case.program in stacks.PROGRAMS:
+    if "lines" in cell:
         return stacks.placed(case, devices, layout, stacks.Sizes(**sizes))
     if layout is None:
         return programs.on_one(case, devices[0])
