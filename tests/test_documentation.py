@@ -171,12 +171,15 @@ def test_importing_the_package_needs_jax_alone():
         "FLOAT8",
         "FLOAT8_E4M3",
         "INT8",
+        "LogLikelihood",
         "PRIMITIVES",
         "Product",
         "Products",
         "explain",
         "inspect",  # a module
         "linear",
+        "linear_cross_entropy",
+        "linear_log_likelihood",
         "plain_autodiff",
         "save_linear_outputs",
     ]

@@ -23,6 +23,15 @@ FRAMEWORKS = {
 OURS = {
     "_every_mode": {"_every_mode"},  # A reader copies it.
     "_op": {"_every_mode", "_op", "_plain", "_product"},
+    "_loss": {
+        "_checks",
+        "_every_mode",
+        "_loss",
+        "_op",
+        "_plain",
+        "_product",
+        "_product_checks",
+    },
     "_linear.py": {
         "_checks",
         "_every_mode",
@@ -36,8 +45,8 @@ OURS = {
     "_product.py": set(),
     "_product_checks.py": {"_checks", "_product"},
     "_flax": {"_checks", "_flax", "_linear", "_product_checks"},
-    "nnx": {"_checks", "_flax", "_product", "_product_checks", "nnx"},
-    "linen.py": {"_checks", "_flax", "_product"},
+    "nnx": {"_checks", "_flax", "_loss", "_product", "_product_checks", "nnx"},
+    "linen.py": {"_checks", "_flax", "_loss", "_product"},
     "torch": {"_checks", "_flax", "nnx", "torch"},
 }
 
