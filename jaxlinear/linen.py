@@ -20,6 +20,7 @@ from jaxlinear._flax.checks import (
     Integers,
     Placement,
     as_tuple,
+    check_is_matrix,
     keep_checked,
     refuse_kernel,
     refuse_others,
@@ -31,6 +32,12 @@ from jaxlinear._flax.trees import convert_tree as convert_tree
 from jaxlinear._flax.trees import dimension_numbers as dimension_numbers
 from jaxlinear._flax.trees import revert_tree as revert_tree
 from jaxlinear._flax.trees import with_kernels
+from jaxlinear._loss.functions import (
+    LogLikelihood,
+    Reduction,
+    linear_cross_entropy,
+    linear_log_likelihood,
+)
 from jaxlinear._product import Precision, Products
 
 
@@ -159,13 +166,7 @@ class Linear(nn.Module):
           TypeError: if ``x`` is not an array.
         """
         x = checked_array("x", x)
-        axis, out_shape = as_tuple(self.axis), as_tuple(self.features)
-        weight = nn.unbox(self.get_variable("params", "weight"))
-        in_shape = _in_shape(x, axis, weight)
-        inits = self.kernel_init, self.bias_init
-        drawing = Drawing(*inits, in_shape, out_shape, self.param_dtype, self.device)
-        weight = self.param("weight", drawing.weight)
-        bias = self.param("bias", drawing.bias) if self.use_bias else None
+        weight, bias = self._parameters(x)
         return linear_over_axes(
             x,
             weight,
@@ -177,17 +178,106 @@ class Linear(nn.Module):
             out_sharding=out_sharding,
         )
 
+    @nn.compact
+    def cross_entropy(
+        self,
+        h: ArrayLike,
+        labels: ArrayLike,
+        *,
+        reduction: Reduction = "mean",
+        weights: ArrayLike | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        soft_cap: float | None = None,
+        axis_name: str | tuple[str, ...] | None = None,
+    ) -> jax.Array:
+        """The cross-entropy of this layer, without its logits.
 
-def _in_shape(x, axis, weight):
+        It is that of :func:`jaxlinear.linear_cross_entropy` of the layer's parameters,
+        dtype, precision and products: ``model.apply(variables, h, labels,
+        method="cross_entropy")``. A first call draws the parameters, as that of the
+        layer does. A head that is tied to an embedding is not a layer: pass
+        ``embed.embedding`` to the function.
+
+        Its arguments, result and errors are those of the function. A layer with several
+        input or output axes raises a ``ValueError``, and so do products with 8 bits or
+        a ``preferred_element_type``.
+        """
+        h = checked_array("h", h)
+        weight, bias = self._matrix(h)
+        return linear_cross_entropy(
+            h,
+            weight,
+            labels,
+            bias,
+            reduction=reduction,
+            weights=weights,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            soft_cap=soft_cap,
+            dtype=self.dtype,
+            precision=self.precision,
+            products=self.products,
+            axis_name=axis_name,
+        )
+
+    @nn.compact
+    def log_likelihood(
+        self,
+        h: ArrayLike,
+        labels: ArrayLike,
+        *,
+        soft_cap: float | None = None,
+        axis_name: str | tuple[str, ...] | None = None,
+    ) -> LogLikelihood:
+        """:func:`jaxlinear.linear_log_likelihood` of the layer's parameters.
+
+        The arguments are those of ``cross_entropy``.
+        """
+        h = checked_array("h", h)
+        weight, bias = self._matrix(h)
+        return linear_log_likelihood(
+            h,
+            weight,
+            labels,
+            bias,
+            soft_cap=soft_cap,
+            dtype=self.dtype,
+            precision=self.precision,
+            products=self.products,
+            axis_name=axis_name,
+        )
+
+    @nn.nowrap
+    def _matrix(self, h):
+        """The parameters for a loss, which has one axis of classes."""
+        check_is_matrix(self.axis, features=self.features)
+        return self._parameters(h, name="h")
+
+    @nn.nowrap  # Not a method of its own in `nn.tabulate` and to interceptors.
+    def _parameters(self, x, name="x"):
+        axis, out_shape = as_tuple(self.axis), as_tuple(self.features)
+        weight = nn.unbox(self.get_variable("params", "weight"))
+        in_shape = _in_shape(x, axis, weight, name)
+        inits = self.kernel_init, self.bias_init
+        drawing = Drawing(*inits, in_shape, out_shape, self.param_dtype, self.device)
+        weight = self.param("weight", drawing.weight)
+        bias = self.param("bias", drawing.bias) if self.use_bias else None
+        return weight, bias
+
+
+def _in_shape(x, axis, weight, name):
     """The sizes of the axes of x that are contracted.
 
     Flax would refuse a weight with other sizes without naming `x`.
     """
-    check_input(x)
+    check_input(x, name)
     sizes = None
     if weight is not None:
         if axis == (-1,) and weight.ndim == 2:
-            check_shapes(x, weight, bias=None)
+            check_shapes(x, weight, bias=None, name=name)
         sizes = weight.shape[-len(axis) :]
     return tuple(x.shape[one] for one in checked_axes(x, axis, sizes))
 

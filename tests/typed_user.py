@@ -44,6 +44,11 @@ def of_modules(x: jax.Array) -> None:
     variable = nnx.Param(x)
     jaxlinear.linear(variable, model.up.weight, precision=["highest", "default"])
     assert_type(model.up(variable), jax.Array)
+    assert_type(model.up.cross_entropy(variable, x, reduction="none"), jax.Array)
+    found = model.up.log_likelihood(x, x, soft_cap=30)
+    assert_type(found, jaxlinear.LogLikelihood)
+    assert_type(jaxlinear.linen.Linear(2).cross_entropy(variable, x), jax.Array)
+    model.up.cross_entropy(x, x, reduction="average")  # pyright: ignore
     size = np.int64(3)
     layer = jaxlinear.nnx.Linear(
         size, [size], precision=["high", "high"], rngs=nnx.Rngs(0)

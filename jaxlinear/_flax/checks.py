@@ -119,6 +119,15 @@ def _check_initializer(name, init):
         return
 
 
+def check_is_matrix(axis, **features):
+    """Refuse a loss of a layer with several axes: the last has the classes."""
+    for name, value in features.items():
+        if len(as_tuple(value)) != 1:
+            raise ValueError(f"`{name}` must be one number in a loss, got {value}")
+    if as_tuple(axis) != (-1,):
+        raise ValueError(f"`axis` must be -1 in a loss, got {axis}")
+
+
 def refuse_kernel(layer, name):
     """Refuse Flax's name of the weight, unless a subclass has an attribute of it."""
     if name == "kernel" and getattr(type(layer), name, None) is None:

@@ -17,6 +17,7 @@ from jaxlinear._flax.checks import (
     Integers,
     Placement,
     as_tuple,
+    check_is_matrix,
     keep_checked,
     refuse_kernel,
     refuse_others,
@@ -24,6 +25,12 @@ from jaxlinear._flax.checks import (
 from jaxlinear._flax.layout import axis_counts, weight_metadata
 from jaxlinear._flax.parameters import Drawing
 from jaxlinear._flax.several_axes import linear_over_axes
+from jaxlinear._loss.functions import (
+    LogLikelihood,
+    Reduction,
+    linear_cross_entropy,
+    linear_log_likelihood,
+)
 from jaxlinear._product import Precision, Products
 
 
@@ -173,9 +180,7 @@ class Linear(nnx.Module):
             other sizes than in_features, or the layer is a stack of layers, which is
             called under ``nnx.vmap`` or ``nnx.scan``.
         """
-        weight = self.weight[...]
-        bias = None if self.bias is None else self.bias[...]
-        _check_unstacked(weight, bias, axis_counts(self.in_features, self.out_features))
+        weight, bias = self._parameters()
         return linear_over_axes(
             x,
             weight,
@@ -186,6 +191,99 @@ class Linear(nnx.Module):
             products=self.products,
             out_sharding=out_sharding,
         )
+
+    def cross_entropy(
+        self,
+        h: ArrayLike,
+        labels: ArrayLike,
+        *,
+        reduction: Reduction = "mean",
+        weights: ArrayLike | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        soft_cap: float | None = None,
+        axis_name: str | tuple[str, ...] | None = None,
+    ) -> jax.Array:
+        """The cross-entropy of this layer, without its logits.
+
+        It is that of :func:`jaxlinear.linear_cross_entropy` of the layer's parameters,
+        dtype, precision and products. A head that is tied to an embedding is not a
+        layer: pass its table to the function.
+
+        Its arguments, result and errors are those of the function. A layer with several
+        input or output axes raises a ``ValueError``, and so do products with 8 bits or
+        a ``preferred_element_type``.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> from flax import nnx
+          >>> from jaxlinear import linear_cross_entropy
+          >>> from jaxlinear.nnx import Linear
+          >>> rngs = nnx.Rngs(0)
+          >>> embed, head = nnx.Embed(4, 3, rngs=rngs), Linear(3, 4, rngs=rngs)
+          >>> tokens = jnp.array([0, 3, 1, 2])
+          >>> h, labels = embed(tokens[:-1]), tokens[1:]
+          >>> head.cross_entropy(h, labels, reduction="none").shape
+          (3,)
+          >>> linear_cross_entropy(h, embed.embedding, labels).shape  # Tied.
+          ()
+        """
+        weight, bias = self._matrix()
+        return linear_cross_entropy(
+            h,
+            weight,
+            labels,
+            bias,
+            reduction=reduction,
+            weights=weights,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            soft_cap=soft_cap,
+            dtype=self.dtype,
+            precision=self.precision,
+            products=self.products,
+            axis_name=axis_name,
+        )
+
+    def log_likelihood(
+        self,
+        h: ArrayLike,
+        labels: ArrayLike,
+        *,
+        soft_cap: float | None = None,
+        axis_name: str | tuple[str, ...] | None = None,
+    ) -> LogLikelihood:
+        """:func:`jaxlinear.linear_log_likelihood` of the layer's parameters.
+
+        The arguments are those of ``cross_entropy``.
+        """
+        weight, bias = self._matrix()
+        return linear_log_likelihood(
+            h,
+            weight,
+            labels,
+            bias,
+            soft_cap=soft_cap,
+            dtype=self.dtype,
+            precision=self.precision,
+            products=self.products,
+            axis_name=axis_name,
+        )
+
+    def _matrix(self):
+        """The parameters for a loss, which has one axis of classes."""
+        check_is_matrix(
+            self.axis, in_features=self.in_features, out_features=self.out_features
+        )
+        return self._parameters()
+
+    def _parameters(self):
+        weight = self.weight[...]
+        bias = None if self.bias is None else self.bias[...]
+        _check_unstacked(weight, bias, axis_counts(self.in_features, self.out_features))
+        return weight, bias
 
 
 def _check_unstacked(weight, bias, counts):
