@@ -10,6 +10,7 @@ import subprocess
 
 ROOT = pathlib.Path(__file__).parent.parent
 LIBRARIES = ["jax", "jaxlib", "flax", "dm-haiku", "equinox", "torch", "numpy"]
+LIBRARIES += ["optax", "tokamax"]
 FEATURES = ["avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16"]  # The last of Arm.
 
 
@@ -42,6 +43,12 @@ def stamped(document):
 def kind(document):
     is_native = document["cpu"]["bfloat16 instructions"] == "yes"
     return f"CPU {'with' if is_native else 'without'} bfloat16 instructions"
+
+
+def place(document):
+    """The machine of a document, in words."""
+    cores = document["device"].removeprefix("CPU, ")
+    return f"{kind(document)} ({document['cpu']['model']}), {cores}"
 
 
 def versions():
