@@ -61,11 +61,12 @@ def _advice_for(value):
     return ""
 
 
-def check_shapes(x, weight, bias):
-    for name, array in {"x": x, "weight": weight, "bias": bias}.items():
+def check_shapes(x, weight, bias, name="x"):
+    """``name`` is that of the argument ``x``."""
+    for its_name, array in {name: x, "weight": weight, "bias": bias}.items():
         if array is not None and jnp.issubdtype(array.dtype, jax.dtypes.extended):
-            raise TypeError(f"`{name}` must hold numbers, got dtype {array.dtype}")
-    check_input(x)
+            raise TypeError(f"`{its_name}` must hold numbers, got dtype {array.dtype}")
+    check_input(x, name)
     if weight.ndim != 2:
         raise ValueError(
             f"`weight` must be a matrix (out, in), got shape {weight.shape}"
@@ -74,12 +75,12 @@ def check_shapes(x, weight, bias):
         bias_fits = bias is None or bias.shape == weight.shape[1:]
         if x.shape[-1] == weight.shape[0] and bias_fits:
             raise ValueError(
-                f"`weight` must be (out, in), with the {x.shape[-1]} elements of `x`"
+                f"`weight` must be (out, in), with the {x.shape[-1]} elements of `{name}`"
                 f" along its last axis, got shape {weight.shape}. Did you mean"
                 " `weight.T`?"
             )
         raise ValueError(
-            f"`x` must have {weight.shape[1]} elements along its last axis, as `weight`"
+            f"`{name}` must have {weight.shape[1]} elements along its last axis, as `weight`"
             f" of shape {weight.shape} does, got shape {x.shape}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
@@ -89,9 +90,9 @@ def check_shapes(x, weight, bias):
         )
 
 
-def check_input(x):
+def check_input(x, name="x"):
     if x.ndim == 0:
-        raise ValueError("`x` must have at least one axis, (*, in), got a scalar")
+        raise ValueError(f"`{name}` must have at least one axis, (*, in), got a scalar")
 
 
 # Dtypes.

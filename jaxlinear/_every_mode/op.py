@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.interpreters import ad, batching
 
-from .levels import Term, batched, under_levels
+from .levels import Level, Term, batched, under_levels
 from .linear_map import linear_map
 from .open import OpenPrimitive
 
@@ -23,6 +23,7 @@ def in_every_mode(
     terms: Mapping[str, Term] | None = None,
     leading: Collection[str] = (),
     linear_in: Collection[Collection[str]] = (),
+    mapped: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """The function of ``op``, differentiable in every mode by the rules of ``op``.
 
@@ -64,6 +65,8 @@ def in_every_mode(
         mapped, and nothing else, the mapped axis becomes one more leading axis.
       linear_in: sets of names: in the arguments of each of them together ``op`` is
         linear, so that `jax.linear_transpose` takes it.
+      mapped: a function of the same arguments and results that `jax.vmap` maps in the
+        place of ``op``: one whose cotangents need less memory for many elements.
 
     Returns:
       The function, with the arguments of ``op``.
@@ -76,7 +79,7 @@ def in_every_mode(
     """
     check_rules(op)
     sets = tuple(map(frozenset, linear_in))
-    checked = Op(op, differential, dict(terms or {}), frozenset(leading), sets)
+    checked = Op(op, differential, dict(terms or {}), frozenset(leading), sets, mapped)
     checked.check_names()
 
     @wraps(checked.vjp.fun)
@@ -141,6 +144,7 @@ class Op:
     terms: Mapping[str, Term]
     leading: frozenset[str]
     linear_in: tuple[frozenset[str], ...]
+    mapped: Callable[..., Any] | None
 
     @cached_property
     def signature(self):
@@ -187,7 +191,7 @@ class Op:
                 )
         return arrays, tuple((type(arguments[k]), arguments[k]) for k in places)
 
-    def _joined(self, arrays, static):
+    def joined(self, arrays, static):
         every = [*arrays]
         places = zip(self.vjp.nondiff_argnums, static, strict=True)
         for place, (_, value) in sorted(places, key=lambda both: both[0]):
@@ -195,7 +199,7 @@ class Op:
         return every
 
     def value(self, arrays, static):
-        return self.vjp.fun(*self._joined(arrays, static))
+        return self.vjp.fun(*self.joined(arrays, static))
 
     def forward(self, arrays, tangents, static, results):
         """The forward rule: the result, and the residuals that these tangents need."""
@@ -204,7 +208,7 @@ class Op:
             a if a is None else Primal(a, t is not None)
             for a, t in zip(arrays, tangents, strict=True)
         ]
-        Y, residuals = self.vjp.fwd(*self._joined(primals, static))
+        Y, residuals = self.vjp.fwd(*self.joined(primals, static))
         self._check_structure("forward rule", Y, results)
         return Y, residuals
 
@@ -372,10 +376,22 @@ def names_of_arrays(op, tree):
 
 def _batch(axis, arrays, places, *, call_jaxpr, levels, **params):
     op = params["op"]
+    if op.mapped and any(place is not None for place in places):
+        return _batch_of_other(op, axis, arrays, places, params)
     has = [name in op.leading for name in names_of_arrays(op, params["tree"])]
     arrays, levels, place = batched(axis, arrays, places, has, levels)
     results = every_mode_p.bind(*arrays, levels=levels, **params)
     return results, [place] * len(results)
+
+
+def _batch_of_other(op, axis, arrays, places, params):
+    def other(arrays):
+        every = op.joined(params["tree"].unflatten(arrays), params["static"])
+        return jax.tree.leaves(op.mapped(*every))
+
+    level = Level(tuple(places), axis.size, axis.name, axis.spmd_name)
+    results = level.mapped(other, ([*places],))([*arrays])
+    return results, [0] * len(results)
 
 
 batching.fancy_primitive_batchers[every_mode_p] = _batch
