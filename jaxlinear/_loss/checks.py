@@ -23,6 +23,7 @@ class Options(NamedTuple):
     soft_cap: float | None
     dtype: Any
     products: Products
+    axes: tuple[str, ...]
 
 
 def checked_loss(
@@ -40,6 +41,7 @@ def checked_loss(
     dtype,
     precision,
     products,
+    axis_name,
 ):
     """The arrays that are not None, by their names, and the options."""
     given = {"h": h, "weight": weight, "labels": labels}
@@ -64,6 +66,7 @@ def checked_loss(
         soft_cap=None if soft_cap is None else _checked_soft_cap(soft_cap),
         dtype=dtype,
         products=products,
+        axes=_checked_axes(axis_name),
     )
 
 
@@ -146,6 +149,24 @@ def _checked_soft_cap(value):
     if number == 0:
         raise ValueError(f"`soft_cap` must be greater than 0, or None, got {value!r}")
     return number
+
+
+def _checked_axes(value):
+    names = () if value is None else (value,) if isinstance(value, str) else value
+    if not isinstance(names, tuple) or not all(isinstance(n, str) for n in names):
+        raise TypeError(
+            "`axis_name` must be the name of an axis of `jax.shard_map`, a tuple of"
+            f" names, or None, got {_text(value)}"
+        )
+    for name in names:
+        try:
+            jax.lax.axis_size(name)
+        except NameError:
+            raise ValueError(
+                "`axis_name` must be an axis of the `jax.shard_map` around the call,"
+                f" got {name!r}"
+            ) from None
+    return names
 
 
 def _text(value):

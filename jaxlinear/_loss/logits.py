@@ -119,6 +119,20 @@ def joined(a, b):
     )
 
 
+def joined_over_devices(rows, axes):
+    """The same where the vocabulary is split over axes of `jax.shard_map`."""
+    if not axes:
+        return rows
+    is_nan = jnp.isnan(rows.maximum)
+    order = lax.stop_gradient(jnp.where(is_nan, jnp.inf, rows.maximum))
+    maximum, prediction = lax.pmax(order, axes), rows.prediction
+    if prediction is not None:
+        largest = jnp.iinfo(prediction.dtype).max
+        prediction = lax.pmin(jnp.where(order == maximum, prediction, largest), axes)
+    sums = _shifted(rows, maximum), rows.label, rows.total
+    return Rows(maximum, *lax.psum(sums, axes), prediction)
+
+
 def _shifted(rows, maximum):
     return rows.exponentials * jnp.exp(rows.maximum - _shift(maximum))
 

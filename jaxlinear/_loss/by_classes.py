@@ -1,0 +1,147 @@
+"""What a loss reads of the logits, and its gradient: walks over blocks of the classes.
+
+The backward pass computes each block of the logits again: four products in all.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxlinear._every_mode import in_every_mode
+from jaxlinear._loss.block import (
+    Gradients,
+    gradients_of_block,
+    in_dtypes,
+    left_at_label,
+    no_gradients,
+    scaled,
+    shared_operand,
+    times,
+    wanted_gradients,
+    with_left,
+)
+from jaxlinear._loss.blocks import block, put, vocabulary_block, walk
+from jaxlinear._loss.logits import (
+    Statistics,
+    filled_as,
+    gradient,
+    gradient_at_label,
+    joined,
+    joined_over_devices,
+    no_rows,
+)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _statistics(h, weight, bias, labels, spec):
+    X, start = shared_operand(h, spec), spec.first_of(weight)
+
+    def body(rows, first, size):
+        z = spec.logits(X, block(weight, first, size), block(bias, first, size))
+        return joined(rows, spec.rows_of(z, labels, start + first))
+
+    rows = no_rows(labels, spec.dtype, spec.reads_total, spec.predicts)
+    rows = walk(body, rows, weight.shape[0], vocabulary_block(weight.shape[0]))
+    return joined_over_devices(rows, spec.axes).statistics
+
+
+class Kept(NamedTuple):
+    """The arguments, what was read of the logits (*), and which gradients are wanted."""
+
+    X: Any
+    W: Any
+    B: Any
+    labels: jax.Array
+    log_sum_exp: jax.Array
+    label: jax.Array
+    wanted: Gradients  # An empty tuple for what is wanted, otherwise None.
+
+
+def _statistics_forward(h, weight, bias, labels, spec):
+    W, B = weight.value, None if bias is None else bias.value
+    read = _statistics.fun(h.value, W, B, labels.value, spec)
+    return read, Kept(
+        *(h.value, W, B, labels.value, read.log_sum_exp, read.label),
+        wanted=wanted_gradients(h, weight, bias),
+    )
+
+
+def _statistics_backward(spec, kept, g):
+    X, W, B, labels, log_sum_exp, label, wanted = kept
+    X, start = shared_operand(X, spec), spec.first_of(W)
+    g, inverse = scaled(g._replace(prediction=None), spec)
+
+    def body(gradients, first, size):
+        W_b, B_b = block(W, first, size), block(B, first, size)
+        z = spec.logits(X, W_b, B_b)
+        G = gradient(z, labels, start + first, log_sum_exp, g, spec.soft_cap)
+        found = gradients_of_block(G, X, W_b, wanted, spec)
+        return Gradients(
+            X=None if wanted.X is None else gradients.X + found.X,
+            W=put(gradients.W, first, found.W),
+            B=put(gradients.B, first, found.B),
+        )
+
+    gradients = no_gradients(wanted, X, W, spec.dtype)
+    gradients = walk(body, gradients, W.shape[0], vocabulary_block(W.shape[0]))
+    g_label = gradient_at_label(label, log_sum_exp, g, spec.soft_cap)
+    left = left_at_label(g_label, spec)
+    gradients = with_left(gradients, left, X, W, labels, spec)
+    return *in_dtypes(spec, times(inverse, gradients)), None
+
+
+_statistics.defvjp(_statistics_forward, _statistics_backward, symbolic_zeros=True)
+
+
+def _statistics_differential(spec, kept, tangents):
+    """The tangents of what is read, a block at a time: Σ p dz, dz_label and Σ dz."""
+    X, W, B, labels, log_sum_exp, _, _ = kept
+    dX, dW, dB, _ = tangents
+    start = spec.first_of(W)
+
+    def body(tangent, first, size):
+        def of_block(array):
+            return block(array, first, size)
+
+        at = Gradients(X, of_block(W), of_block(B))
+        moving = Gradients(dX, of_block(dW), of_block(dB))
+        z, dz = _jvp(spec.logits, at, moving)
+        p = jnp.exp(z - log_sum_exp[..., None])
+        places = start + first + jnp.arange(size, dtype=labels.dtype)
+        at_label = jnp.where(labels[..., None] == places, dz, 0)
+        return Statistics(
+            log_sum_exp=tangent.log_sum_exp + jnp.sum(p * dz, -1),
+            label=tangent.label + jnp.sum(at_label, -1),
+            total=jnp.sum(dz, -1) + tangent.total if spec.reads_total else None,
+            prediction=None,
+        )
+
+    zero = filled_as(labels, labels.shape, 0, spec.dtype)
+    none = Statistics(zero, zero, zero if spec.reads_total else None, None)
+    tangent = walk(body, none, W.shape[0], vocabulary_block(W.shape[0]))
+    tangent = lax.psum(tangent, spec.axes) if spec.axes else tangent
+    if not spec.predicts:
+        return tangent
+    return tangent._replace(prediction=np.zeros(labels.shape, jax.dtypes.float0))
+
+
+def _jvp(function, at, moving):
+    """The value and the tangent of ``function`` along what is not None."""
+    fixed = [at_one if d is None else None for at_one, d in zip(at, moving, strict=True)]
+    some = [None if d is None else at_one for at_one, d in zip(at, moving, strict=True)]
+
+    def of_some(some):
+        return function(*(f if s is None else s for s, f in zip(some, fixed, strict=True)))
+
+    return jax.jvp(of_some, (some,), ([*moving],))
+
+
+statistics_of = in_every_mode(
+    _statistics,
+    _statistics_differential,
+    leading=["h", "labels", "X", "log_sum_exp", "label"],
+)

@@ -1,0 +1,138 @@
+"""The loss of all tokens together, and its gradient in one walk over blocks of rows.
+
+The gradient is computed in the forward pass, where the logits are: three products.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxlinear._every_mode import in_every_mode
+from jaxlinear._loss.block import (
+    Gradients,
+    gradients_of_block,
+    in_dtypes,
+    left_at_label,
+    no_gradients,
+    scaled,
+    shared_operand,
+    times,
+    wanted_gradients,
+    with_left,
+)
+from jaxlinear._loss.blocks import block, by_platform, put, walk
+from jaxlinear._loss.by_classes import _statistics, statistics_of
+from jaxlinear._loss.logits import (
+    filled_as,
+    gradient,
+    gradient_at_label,
+    joined_over_devices,
+)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _total(h, weight, bias, labels, weights, spec):
+    read = _statistics.fun(h, weight, bias, labels, spec)
+    return _sum(weights * _own(spec.losses(read, labels, weight), spec), spec)
+
+
+def _own(losses, spec):
+    """The losses on the first of the devices that share them, 0 on all others."""
+    if not spec.axes:
+        return losses
+    return jnp.where(lax.axis_index(spec.axes) == 0, losses, 0)
+
+
+def _sum(array, spec):
+    total = jnp.sum(array)
+    return lax.psum(total, spec.axes) if spec.axes else total
+
+
+class KeptTotal(NamedTuple):
+    """The gradient of the total, of what is differentiated."""
+
+    X: Any
+    W: Any
+    B: Any
+    weights: Any
+
+
+def _total_forward(h, weight, bias, labels, weights, spec):
+    wanted = wanted_gradients(h, weight, bias)
+    arrays = [
+        h.value.reshape(-1, h.value.shape[-1]),
+        weight.value,
+        None if bias is None else bias.value,
+        labels.value.reshape(-1),
+        weights.value.reshape(-1),
+    ]
+    walk_over_rows = partial(_walk_over_rows, spec, wanted)
+    total, losses, gradients = by_platform(walk_over_rows, *arrays)
+    if gradients.X is not None:
+        gradients = gradients._replace(X=gradients.X.reshape(h.value.shape))
+    losses = losses.reshape(weights.value.shape) if weights.perturbed else None
+    return total, KeptTotal(*gradients, losses)
+
+
+def _walk_over_rows(spec, wanted, block_rows, X, W, B, labels, weights):
+    """The total, the losses (n,) and the gradients, of rows X (n, in)."""
+    X, W = shared_operand(X, spec), shared_operand(W, spec)
+    start = spec.first_of(W)
+
+    def body(carry, first, size):
+        losses, left, gradients = carry
+        X_b, labels_b, weights_b = (block(a, first, size) for a in (X, labels, weights))
+        z = spec.logits(X_b, W, B)
+        rows = spec.rows_of(z, labels_b, start)
+        read = joined_over_devices(rows, spec.axes).statistics
+        g = spec.loss.derivative(read, labels_b, spec.classes(W))
+        g, inverse = scaled(times(weights_b, g), spec)
+        G = gradient(z, labels_b, start, read.log_sum_exp, g, spec.soft_cap)
+        g_label = gradient_at_label(read.label, read.log_sum_exp, g, spec.soft_cap)
+        of_block = gradients_of_block(G, X_b, W, wanted, spec), left_at_label(g_label, spec)
+        of_block, its_left = times(inverse, of_block)
+        gradients = Gradients(
+            X=put(gradients.X, first, of_block.X),
+            W=None if wanted.W is None else gradients.W + of_block.W,
+            B=None if wanted.B is None else gradients.B + of_block.B,
+        )
+        left = jax.tree.map(lambda a, part: put(a, first, part), left, its_left)
+        return put(losses, first, spec.losses(read, labels_b, W)), left, gradients
+
+    zeros = filled_as(X, labels.shape, 0, spec.dtype)
+    nothing = no_gradients(wanted, X, W, spec.dtype)
+    carry = zeros, left_at_label(zeros, spec), nothing
+    losses, left, gradients = walk(body, carry, X.shape[0], block_rows)
+    gradients = with_left(gradients, left, X, W, labels, spec)
+    losses = _own(losses, spec)
+    return _sum(weights * losses, spec), losses, gradients
+
+
+def _total_backward(spec, kept, g):
+    *gradients, losses = times(g, kept)
+    return *in_dtypes(spec, gradients), None, losses
+
+
+_total.defvjp(_total_forward, _total_backward, symbolic_zeros=True)
+
+
+def _total_differential(spec, kept, tangents):
+    dX, dW, dB, _, dweights = tangents
+    pairs = zip(kept, (dX, dW, dB, dweights), strict=True)
+    parts = [jnp.sum(g * d.astype(g.dtype)) for g, d in pairs if d is not None]
+    return _sum(jnp.stack(parts), spec)
+
+
+def _total_of_losses(h, weight, bias, labels, weights, spec):
+    read = statistics_of(h, weight, bias, labels, spec)
+    return _sum(weights * _own(spec.losses(read, labels, weight), spec), spec)
+
+
+# Of many totals each has its own cotangent. So the weight gradient that they share is not
+# known in the forward pass, but one for each.
+total_of = in_every_mode(_total, _total_differential, mapped=_total_of_losses)
+
+
