@@ -4,10 +4,10 @@ import typing as _typing
 from importlib import import_module as _import_module
 from importlib.metadata import version as _version
 
+from jaxlinear._linear import linear as linear
 from jaxlinear._loss.functions import LogLikelihood as LogLikelihood
 from jaxlinear._loss.functions import linear_cross_entropy as linear_cross_entropy
 from jaxlinear._loss.functions import linear_log_likelihood as linear_log_likelihood
-from jaxlinear._linear import linear as linear
 from jaxlinear._plain import plain_autodiff as plain_autodiff
 from jaxlinear._primitives import PRIMITIVES as PRIMITIVES
 from jaxlinear._product import ALTERNATIVE_FLOAT16 as ALTERNATIVE_FLOAT16

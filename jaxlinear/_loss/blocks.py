@@ -19,7 +19,9 @@ def walk(body, carry, length, size):
     whole = length - length % size
     if whole > size:
         starts = jnp.arange(0, whole, size, dtype=jnp.int32)
-        carry, _ = lax.scan(lambda c, first: (body(c, first, size), None), carry, starts)
+        carry, _ = lax.scan(
+            lambda c, first: (body(c, first, size), None), carry, starts
+        )
     elif whole:
         carry = body(carry, jnp.int32(0), size)
     rest = length - whole
@@ -48,8 +50,8 @@ def vocabulary_block(size):
 _LANES = 128  # A TPU pads the last axis of an array to a multiple of this.
 
 
-def by_platform(function, X, W, *arrays):
-    """``function(rows of a block, X, W, *arrays)`` with as many as suit the platform.
+def by_platform(function, *arrays):
+    """``function(rows of a block, *arrays)`` with as many as suit the platform.
 
     The weight gradient is read and written for each block. That takes longer than its
     product on an accelerator with fewer rows than a few thousand. A CPU computes longer,
@@ -58,5 +60,5 @@ def by_platform(function, X, W, *arrays):
     ROWS = {"cpu": 256, "default": 2048}
     forms = {p: partial(function, rows) for p, rows in ROWS.items()}
     if is_open():
-        return forms["default"](X, W, *arrays)
-    return lax.platform_dependent(X, W, *arrays, **forms)
+        return forms["default"](*arrays)
+    return lax.platform_dependent(*arrays, **forms)

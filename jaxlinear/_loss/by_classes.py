@@ -34,19 +34,26 @@ from jaxlinear._loss.logits import (
     joined_over_devices,
     no_rows,
 )
+from jaxlinear._loss.partitioned import Found, Walk, partitioned
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _statistics(h, weight, bias, labels, spec):
-    X, start = shared_operand(h, spec), spec.first_of(weight)
+    return partitioned(Walk(_read, spec, None), h, weight, bias, labels).rows
+
+
+def _read(spec, _, X, W, B, labels):
+    X, start = shared_operand(X, spec), spec.first_of(W)
 
     def body(rows, first, size):
-        z = spec.logits(X, block(weight, first, size), block(bias, first, size))
+        z = spec.logits(X, block(W, first, size), block(B, first, size))
         return joined(rows, spec.rows_of(z, labels, start + first))
 
     rows = no_rows(labels, spec.dtype, spec.reads_total, spec.predicts)
-    rows = walk(body, rows, weight.shape[0], vocabulary_block(weight.shape[0]))
-    return joined_over_devices(rows, spec.axes).statistics
+    rows = walk(body, rows, W.shape[0], vocabulary_block(W.shape[0]))
+    return Found(
+        joined_over_devices(rows, spec.axes).statistics, Gradients(*[None] * 3)
+    )
 
 
 class Kept(NamedTuple):
@@ -72,8 +79,15 @@ def _statistics_forward(h, weight, bias, labels, spec):
 
 def _statistics_backward(spec, kept, g):
     X, W, B, labels, log_sum_exp, label, wanted = kept
-    X, start = shared_operand(X, spec), spec.first_of(W)
     g, inverse = scaled(g._replace(prediction=None), spec)
+    rows = labels, log_sum_exp, label, g
+    found = partitioned(Walk(_differentiated, spec, wanted), X, W, B, rows)
+    return *in_dtypes(spec, times(inverse, found.gradients)), None
+
+
+def _differentiated(spec, wanted, X, W, B, rows):
+    labels, log_sum_exp, label, g = rows
+    X, start = shared_operand(X, spec), spec.first_of(W)
 
     def body(gradients, first, size):
         W_b, B_b = block(W, first, size), block(B, first, size)
@@ -90,8 +104,7 @@ def _statistics_backward(spec, kept, g):
     gradients = walk(body, gradients, W.shape[0], vocabulary_block(W.shape[0]))
     g_label = gradient_at_label(label, log_sum_exp, g, spec.soft_cap)
     left = left_at_label(g_label, spec)
-    gradients = with_left(gradients, left, X, W, labels, spec)
-    return *in_dtypes(spec, times(inverse, gradients)), None
+    return Found(None, with_left(gradients, left, X, W, labels, spec))
 
 
 _statistics.defvjp(_statistics_forward, _statistics_backward, symbolic_zeros=True)
@@ -131,11 +144,15 @@ def _statistics_differential(spec, kept, tangents):
 
 def _jvp(function, at, moving):
     """The value and the tangent of ``function`` along what is not None."""
-    fixed = [at_one if d is None else None for at_one, d in zip(at, moving, strict=True)]
+    fixed = [
+        at_one if d is None else None for at_one, d in zip(at, moving, strict=True)
+    ]
     some = [None if d is None else at_one for at_one, d in zip(at, moving, strict=True)]
 
     def of_some(some):
-        return function(*(f if s is None else s for s, f in zip(some, fixed, strict=True)))
+        return function(
+            *(f if s is None else s for s, f in zip(some, fixed, strict=True))
+        )
 
     return jax.jvp(of_some, (some,), ([*moving],))
 

@@ -31,6 +31,7 @@ from jaxlinear._loss.logits import (
     gradient_at_label,
     joined_over_devices,
 )
+from jaxlinear._loss.partitioned import Found, Walk, partitioned
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -61,24 +62,26 @@ class KeptTotal(NamedTuple):
 
 
 def _total_forward(h, weight, bias, labels, weights, spec):
-    wanted = wanted_gradients(h, weight, bias)
-    arrays = [
-        h.value.reshape(-1, h.value.shape[-1]),
-        weight.value,
-        None if bias is None else bias.value,
-        labels.value.reshape(-1),
-        weights.value.reshape(-1),
-    ]
-    walk_over_rows = partial(_walk_over_rows, spec, wanted)
-    total, losses, gradients = by_platform(walk_over_rows, *arrays)
+    W, B = weight.value, None if bias is None else bias.value
+    over_rows = Walk(_over_rows, spec, wanted_gradients(h, weight, bias))
+    losses, gradients = partitioned(
+        over_rows, h.value, W, B, (labels.value, weights.value)
+    )
+    losses = _own(losses, spec)
+    total = _sum(weights.value * losses, spec)
+    return total, KeptTotal(*gradients, losses if weights.perturbed else None)
+
+
+def _over_rows(spec, wanted, X, W, B, rows):
+    flat = X.reshape(-1, X.shape[-1]), *(a.reshape(-1) for a in rows)
+    losses, gradients = by_platform(partial(_walk_over_rows, spec, wanted), W, B, *flat)
     if gradients.X is not None:
-        gradients = gradients._replace(X=gradients.X.reshape(h.value.shape))
-    losses = losses.reshape(weights.value.shape) if weights.perturbed else None
-    return total, KeptTotal(*gradients, losses)
+        gradients = gradients._replace(X=gradients.X.reshape(X.shape))
+    return Found(losses.reshape(X.shape[:-1]), gradients)
 
 
-def _walk_over_rows(spec, wanted, block_rows, X, W, B, labels, weights):
-    """The total, the losses (n,) and the gradients, of rows X (n, in)."""
+def _walk_over_rows(spec, wanted, block_rows, W, B, X, labels, weights):
+    """The losses (n,) and the gradients, of rows X (n, in)."""
     X, W = shared_operand(X, spec), shared_operand(W, spec)
     start = spec.first_of(W)
 
@@ -92,7 +95,10 @@ def _walk_over_rows(spec, wanted, block_rows, X, W, B, labels, weights):
         g, inverse = scaled(times(weights_b, g), spec)
         G = gradient(z, labels_b, start, read.log_sum_exp, g, spec.soft_cap)
         g_label = gradient_at_label(read.label, read.log_sum_exp, g, spec.soft_cap)
-        of_block = gradients_of_block(G, X_b, W, wanted, spec), left_at_label(g_label, spec)
+        of_block = (
+            gradients_of_block(G, X_b, W, wanted, spec),
+            left_at_label(g_label, spec),
+        )
         of_block, its_left = times(inverse, of_block)
         gradients = Gradients(
             X=put(gradients.X, first, of_block.X),
@@ -107,8 +113,7 @@ def _walk_over_rows(spec, wanted, block_rows, X, W, B, labels, weights):
     carry = zeros, left_at_label(zeros, spec), nothing
     losses, left, gradients = walk(body, carry, X.shape[0], block_rows)
     gradients = with_left(gradients, left, X, W, labels, spec)
-    losses = _own(losses, spec)
-    return _sum(weights * losses, spec), losses, gradients
+    return losses, gradients
 
 
 def _total_backward(spec, kept, g):
@@ -134,5 +139,3 @@ def _total_of_losses(h, weight, bias, labels, weights, spec):
 # Of many totals each has its own cotangent. So the weight gradient that they share is not
 # known in the forward pass, but one for each.
 total_of = in_every_mode(_total, _total_differential, mapped=_total_of_losses)
-
-

@@ -19,7 +19,9 @@ from jaxlinear._op.sharding import ArrayType
 
 def logits(X, W, B, product, soft_cap):
     """z of Y = X Wᵀ + B, in the dtype of the product's result: it is never rounded."""
-    Y = forward_product(X, W, B, product, ArrayType(product.preferred_element_type, None))
+    Y = forward_product(
+        X, W, B, product, ArrayType(product.preferred_element_type, None)
+    )
     return capped(Y, soft_cap)
 
 
