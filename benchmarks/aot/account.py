@@ -71,24 +71,25 @@ def account(text):
     return _of(program, program.entry, set())
 
 
-def _of(program, name, channels):
-    """The account of a computation, without the collectives of ``channels``.
+def _of(program, name, channels, is_fused=False):
+    """The account of a computation.
 
-    They were counted: one that goes on beside others is in several fusions, with one
-    channel. Those that are counted here join them.
+    A collective that goes on beside others is in several fusions, with one channel, and
+    is counted once: those in ``channels`` were. Outside fusions several collectives may
+    have one channel, as in `jax.shard_map`.
     """
     total = Account()
     for instruction in program.computations[name]:
         opcode, kind = instruction.opcode, instruction.collective
         if kind and instruction.channel:
-            if instruction.channel in channels:
+            if is_fused and instruction.channel in channels:
                 continue
             channels.add(instruction.channel)
         if opcode == "while":
             inner = _of(program, _called(instruction), set())
             total.add(inner, _trips(program, instruction))
         elif opcode in _CALLS:
-            total.add(_of(program, _called(instruction), channels))
+            total.add(_of(program, _called(instruction), channels, is_fused))
         elif opcode in _FUSIONS:
             total.add(_fused(program, instruction, channels))
         elif kind:
@@ -110,7 +111,7 @@ def _called(instruction):
 
 def _fused(program, fusion, channels):
     """What is inside a fusion, which is one kernel."""
-    inner = _of(program, _called(fusion), channels)
+    inner = _of(program, _called(fusion), channels, is_fused=True)
     if "all-reduce-scatter" not in _called(fusion):
         return dataclasses.replace(inner, kernels=0, bytes=0)
     # A TPU's fusion of an all-reduce and a slice, which is a reduce-scatter.
