@@ -10,6 +10,7 @@ import subprocess
 
 ROOT = pathlib.Path(__file__).parent.parent
 LIBRARIES = ["jax", "jaxlib", "flax", "dm-haiku", "equinox", "torch", "numpy"]
+LIBRARIES += ["optax", "tokamax"]
 FEATURES = ["avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16"]  # The last of Arm.
 
 

@@ -75,3 +75,23 @@ def against_layers(rows, targets):
         *panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2
     )
     return figure
+
+
+def against_vocabulary(panels):
+    """Temporaries against the classes, {panel: {line: [(classes, bytes)]}}."""
+    figure = Figure((7.5, 4.3), layout="constrained")
+    styles = ["C1--o", "C0-o", "C2-o"]
+    axes = figure.subplots(1, len(panels), sharey=True)
+    for ax, (name, lines) in zip(axes, panels.items(), strict=True):
+        for style, (label, points) in zip(styles, lines.items(), strict=True):
+            x, y = zip(*points, strict=True)
+            gibibytes = [size / 2**30 for size in y]
+            ax.plot(x, gibibytes, style, label=label, markersize=4)
+        ticks = x[-3:]
+        ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        ax.set(title=name, xlabel="classes", xlim=(0, None))
+        ax.grid(alpha=0.3)
+    axes[0].set(ylabel="temporaries, GiB", ylim=(0, None))
+    labels = axes[0].get_legend_handles_labels()
+    figure.legend(*labels, loc="outside upper center", ncols=len(styles))
+    return figure

@@ -26,17 +26,17 @@ def rows(cell):
         step = stack(case, sizes).step
         programs[contender, line] = compiled(step, arguments(case, weights, x))
     samples = interleaved(programs, cell["seconds"])
-    for (contender, line), seconds in samples.items():
-        yield {
-            "contender": contender,
-            "line": line,
-            "median_s": float(np.median(seconds)),
-            "rounds": len(seconds),
-            **{
-                f"to {other}": ratio(seconds, samples[other, None])
-                for other in ("naive", "ours")
-            },
-        }
+    others = {"naive": ("naive", None), "ours": ("ours", None)}
+    for contender, line in samples:
+        row = {"contender": contender, "line": line}
+        yield row | medians(samples, (contender, line), others)
+
+
+def medians(samples, key, others):
+    """Of the seconds of a program, and of their ratios to those of ``others``."""
+    seconds = samples[key]
+    ratios = {f"to {name}": ratio(seconds, samples[k]) for name, k in others.items()}
+    return {"median_s": float(np.median(seconds)), "rounds": len(seconds), **ratios}
 
 
 def ratio(seconds, others):

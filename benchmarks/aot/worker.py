@@ -15,15 +15,20 @@ from benchmarks.aot import targets
 
 os.environ |= targets.SETTINGS
 
-from benchmarks.aot import account, programs, sharded, stacks, timed
+from benchmarks.aot import account, losses, programs, sharded, stacks, timed
 
 BACKENDS = {"triton": None, "cublas": {"xla_gpu_enable_triton_gemm": False}}
 """Of the products on GPUs. A device chooses between them by timing."""
 
 
 def main(cell):
-    for row in timed.rows(cell) if "seconds" in cell else compiled(cell):
+    for row in timed_rows(cell) if "seconds" in cell else compiled(cell):
         print(json.dumps(row), flush=True)
+
+
+def timed_rows(cell):
+    is_loss = programs.Case.named(cell["case"], None).program in losses.PROGRAMS
+    return losses.timed_rows(cell) if is_loss else timed.rows(cell)
 
 
 def compiled(cell):
@@ -53,6 +58,8 @@ def program_of(case, cell, devices):
     layout, sizes = cell.get("layout"), cell.get("sizes", {})
     if case.program in stacks.PROGRAMS:
         return stacks.placed(case, devices, layout, stacks.Sizes(**sizes))
+    if case.program in losses.PROGRAMS:
+        return losses.placed(case, devices[0], losses.Sizes(**sizes))
     if layout is None:
         return programs.on_one(case, devices[0])
     axes = cell.get("axes", "auto")

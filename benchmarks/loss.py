@@ -1,0 +1,229 @@
+"""The loss of a last layer without its logits, beside the loss with them.
+
+    python -m benchmarks.loss [--compiled] [--times]
+
+The loss of our layer's float32 logits, the naive formula with Optax's loss, ours with
+``reduction="mean"``, ours per token, and tokamax's ``chunked_xla``, in float32 and with
+float32 weights under bfloat16 products. They are compiled for an H100, a TPU v5e and
+this CPU, and timed on this CPU; then the memory on this CPU is compiled against the
+vocabulary. `--compiled` and `--times` measure only this part again. It writes
+`benchmarks/results/loss.json`, and `python -m benchmarks.pages` writes the rest.
+
+It needs `pip install -e '.[aot]'`, and `pip install tokamax==0.0.17` for the rows of
+tokamax, whose defaults for a device that it does not know are used on each target.
+"""
+
+import argparse
+import importlib.util
+import itertools
+import json
+import pathlib
+
+import jax
+from rich.console import Console
+
+from benchmarks import results_file
+from benchmarks.aot import plots
+from benchmarks.aot.__main__ import print_failed, run
+from benchmarks.aot.kept import memory_of
+from benchmarks.machine import ROOT, describe, kind, stamped
+from jaxlinear.inspect._table import table
+
+RESULTS = ROOT / "benchmarks" / "results" / "loss.json"
+TARGETS = {"h100": "H100", "v5e": "TPU v5e", "cpu": "CPU"}
+CONTENDERS = {
+    "unfused": "unfused",
+    "naive": "naive formula",
+    "ours": "ours, mean",
+    "ours, per token": "ours, per token",
+    "tokamax": "tokamax",
+}
+PROGRAMS = {"loss": "and gradient", "loss_value": "only"}
+DTYPES = {"float32": "float32", "mixed": "mixed"}
+SMALL = {"rows": 4096, "width": 512, "classes": 32768}
+LARGE = {"rows": 8192, "width": 1024, "classes": 131072}
+VOCABULARIES = [2**k for k in range(13, 19)]
+DRAWN = ["unfused", "ours", "ours, per token"]
+"""Against the vocabulary."""
+
+TIMED = ["CPU: s", "time / unfused", "error: loss", "error: ∇W"]
+SECONDS = 2
+"""Of a program, in rounds; up to fifteen times as long where a call takes seconds."""
+
+
+def is_installed(contender):
+    return contender != "tokamax" or importlib.util.find_spec("tokamax") is not None
+
+
+def cell(target, program, dtype, **more):
+    return {
+        "target": target,
+        "chips": 1,
+        "case": f"{program}-{dtype}-plain",
+        "backends": ["triton"],  # Of a GPU.
+        "sizes": SMALL,
+        "contenders": [*filter(is_installed, CONTENDERS)],
+        **more,
+    }
+
+
+def cells():
+    keys = itertools.product((SMALL, LARGE), TARGETS, PROGRAMS, DTYPES)
+    for sizes, target, program, dtype in keys:
+        yield cell(target, program, dtype, sizes=sizes)
+    for dtype, classes in itertools.product(DTYPES, VOCABULARIES):
+        yield cell("cpu", "loss", dtype, sizes=of_vocabulary(classes), contenders=DRAWN)
+
+
+def of_vocabulary(classes):
+    return {"rows": 2048, "width": 512, "classes": classes}
+
+
+def timed_cells():
+    for program, dtype in itertools.product(PROGRAMS, DTYPES):
+        yield cell("cpu", program, dtype, seconds=SECONDS)
+
+
+def chosen(rows, program, dtype, **fields):
+    """The rows of a program that have these fields."""
+    fields["case"] = f"{program}-{dtype}-plain"
+    return [r for r in rows if all(r[name] == value for name, value in fields.items())]
+
+
+# The tables.
+
+
+def tables(document):
+    """The generated parts of the page, by name."""
+    return {
+        "loss": f"{caption(document)}\n\n{of_sizes(document, SMALL)}",
+        "loss-large": of_sizes(document, LARGE),
+        "loss-memory": against_vocabulary(document["rows"]),
+    }
+
+
+def caption(document):
+    versions = document["versions"]
+    names = {"jax": "JAX", "optax": "Optax", "tokamax": "tokamax"}
+    found = [f"{names[name]} {versions[name]}" for name in names if name in versions]
+    text = f"Compiled {stamped(document)} with {', '.join(found)}. {machine(document)}"
+    if "timed" in document:
+        timed = document["timed"]
+        text += f", timed {stamped(timed)} on {machine(timed)}"
+    return f"{text}:"
+
+
+def machine(document):
+    cores = document["device"].removeprefix("CPU, ")
+    return f"{kind(document)} ({document['cpu']['model']}), {cores}"
+
+
+def of_sizes(document, sizes):
+    """A line for each contender, program and dtype, with times if there are any."""
+    times = chosen_times(document, sizes)
+    heading = ["loss", "dtype", "contender", *map(memory_of, TARGETS.values())]
+    heading += ["products, Gflop"]
+    heading += TIMED if times else []
+    lines = []
+    for program, dtype, contender in itertools.product(PROGRAMS, DTYPES, CONTENDERS):
+        fields = {"contender": contender, "sizes": sizes}
+        rows = chosen(document["rows"], program, dtype, **fields)
+        if not rows:
+            continue
+        rows.sort(key=lambda row: [*TARGETS].index(row["target"]))
+        flops = dict.fromkeys(f"{row['flops'] / 1e9:,.0f}" for row in rows)
+        line = [PROGRAMS[program], DTYPES[dtype], CONTENDERS[contender]]
+        line += [*map(memory, rows), " / ".join(flops)]
+        lines.append(line + timed_part(chosen(times, program, dtype, **fields)))
+    return table(heading, lines)
+
+
+def chosen_times(document, sizes):
+    return [row for row in document.get("times", []) if row["sizes"] == sizes]
+
+
+def timed_part(times):
+    """What is under ``TIMED``, if it was timed."""
+    if not times:
+        return []
+    [time] = times
+    errors = time["errors"]
+    of_results = (f"{errors[n]:.0e}" if n in errors else "" for n in ("loss", "grad_W"))
+    return [f"{time['median_s']:.2f}", f"{time['to unfused']:.2f}", *of_results]
+
+
+def memory(row):
+    sizes = row["temporary_bytes"], row["bytes"]
+    return " / ".join(f"{size / 2**20:,.0f}" for size in sizes)
+
+
+def against_vocabulary(rows):
+    """The temporaries of this CPU, in MiB."""
+    heading = ["classes", "logits"]
+    heading += [f"{CONTENDERS[c]}, {dtype}" for dtype in DTYPES for c in DRAWN]
+    lines = []
+    for classes in VOCABULARIES:
+        sizes = of_vocabulary(classes)
+        lines.append([f"{classes:,}", f"{4 * sizes['rows'] * classes / 2**20:,.0f}"])
+        for dtype, contender in itertools.product(DTYPES, DRAWN):
+            [row] = chosen(rows, "loss", dtype, contender=contender, sizes=sizes)
+            lines[-1].append(f"{row['temporary_bytes'] / 2**20:,.0f}")
+    return table(heading, lines)
+
+
+# The picture.
+
+
+def draw(document, folder):
+    """Write the plot of the temporaries against the vocabulary."""
+    panels = {
+        name: {
+            CONTENDERS[contender]: [
+                (row["sizes"]["classes"], row["temporary_bytes"])
+                for classes in VOCABULARIES
+                for row in chosen(
+                    *(document["rows"], "loss", dtype),
+                    contender=contender,
+                    sizes=of_vocabulary(classes),
+                )
+            ]
+            for contender in DRAWN
+        }
+        for dtype, name in DTYPES.items()
+    }
+    figure = plots.against_vocabulary(panels)
+    figure.savefig(folder / "loss-vocabulary.png", dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.loss",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--compiled", action="store_true", help="only compile")
+    only.add_argument("--times", action="store_true", help="only the times")
+    options = parser.parse_args()
+    console, folder = Console(), pathlib.Path("aot_results") / "loss"
+    if not is_installed("tokamax"):
+        console.print("tokamax is not installed: there are no rows of it.")
+    here = describe(jax.devices("cpu")[0])
+
+    def finished(cells, name):
+        found = run(list(cells), folder / name, console)
+        print_failed(found, console)
+        if found["failed"]:
+            raise SystemExit(1)
+        return found["rows"]
+
+    document = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if not options.times:
+        document |= here | {"rows": finished(cells(), "compiled")}
+    if not options.compiled:
+        document |= {"timed": here, "times": finished(timed_cells(), "timed")}
+    results_file.write(document, RESULTS)
+
+
+if __name__ == "__main__":
+    main()
