@@ -159,39 +159,43 @@ def memory(row):
 
 def against_vocabulary(rows):
     """The temporaries of this CPU, in MiB."""
+    keys = [*itertools.product(DTYPES, DRAWN)]
     heading = ["classes", "logits"]
-    heading += [f"{CONTENDERS[c]}, {dtype}" for dtype in DTYPES for c in DRAWN]
+    heading += [f"{CONTENDERS[contender]}, {dtype}" for dtype, contender in keys]
     lines = []
     for classes in VOCABULARIES:
-        sizes = of_vocabulary(classes)
-        lines.append([f"{classes:,}", f"{4 * sizes['rows'] * classes / 2**20:,.0f}"])
-        for dtype, contender in itertools.product(DTYPES, DRAWN):
-            [row] = chosen(rows, "loss", dtype, contender=contender, sizes=sizes)
-            lines[-1].append(f"{row['temporary_bytes'] / 2**20:,.0f}")
+        logits = 4 * of_vocabulary(classes)["rows"] * classes
+        found = [*itertools.chain(*(of_memory(rows, *key, classes) for key in keys))]
+        sizes = [logits, *(row["temporary_bytes"] for row in found)]
+        lines.append([f"{classes:,}", *(f"{size / 2**20:,.0f}" for size in sizes)])
     return table(heading, lines)
+
+
+def of_memory(rows, dtype, contender, classes):
+    fields = {"target": "cpu", "contender": contender, "sizes": of_vocabulary(classes)}
+    return chosen(rows, "loss", dtype, **fields)
 
 
 # The picture.
 
 
-def draw(document, folder):
-    """Write the plot of the temporaries against the vocabulary."""
-    panels = {
+def panels(rows):
+    """The temporaries of each contender against the vocabulary, by dtype."""
+    return {
         name: {
             CONTENDERS[contender]: [
-                (row["sizes"]["classes"], row["temporary_bytes"])
+                (classes, row["temporary_bytes"])
                 for classes in VOCABULARIES
-                for row in chosen(
-                    *(document["rows"], "loss", dtype),
-                    contender=contender,
-                    sizes=of_vocabulary(classes),
-                )
+                for row in of_memory(rows, dtype, contender, classes)
             ]
             for contender in DRAWN
         }
         for dtype, name in DTYPES.items()
     }
-    figure = plots.against_vocabulary(panels)
+
+
+def draw(document, folder):
+    figure = plots.against_vocabulary(panels(document["rows"]))
     figure.savefig(folder / "loss-vocabulary.png", dpi=110)
 
 

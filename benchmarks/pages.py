@@ -7,10 +7,11 @@ With the tables, the plots are drawn; they are not checked.
 The results are in ``benchmarks/results``: timings on a CPU with bfloat16 instructions
 (``native.json``), on one without (``plain.json``) and of few rows (``decoding.json``);
 the errors against float64 (``accuracy.json``, from ``python -m jaxlinear --json``); the
-programs of the scale study (``scale.json``) and of what the backward pass keeps
-(``kept.json``). The failing transformations are counted on
-their own page. ``older`` in a file of results is written by hand: it names the products
-that have changed since the file was measured, and is shown with the figures.
+programs of the scale study (``scale.json``), of what the backward pass keeps
+(``kept.json``) and of the loss of a last layer (``loss.json``). The failing
+transformations are counted on their own page. ``older`` in a file of results is written
+by hand: it names the products that have changed since the file was measured, and is
+shown with the figures.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import collections
 import difflib
 import json
 
-from benchmarks import plots, results_file
+from benchmarks import loss, plots, results_file
 from benchmarks.aot import kept, study
 from benchmarks.machine import ROOT, kind, stamped
 from benchmarks.model import GPT_STEP
@@ -63,6 +64,7 @@ def main():
         plots.draw(results_file.read(RESULTS / TIMED[0]), DOCS, prefix="speed-")
         study.draw(compiled("scale.json"), DOCS)
         kept.draw(compiled("kept.json"), DOCS)
+        loss.draw(compiled("loss.json"), DOCS)
 
 
 def changed_pages(pages, parts):
@@ -103,6 +105,7 @@ def parts():
         "decoding": decoding(results_file.read(RESULTS / "decoding.json")),
         **study.tables(compiled("scale.json")),
         **kept.tables(compiled("kept.json")),
+        **loss.tables(compiled("loss.json")),
     }
 
 

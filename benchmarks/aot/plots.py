@@ -87,8 +87,7 @@ def against_vocabulary(panels):
             x, y = zip(*points, strict=True)
             gibibytes = [size / 2**30 for size in y]
             ax.plot(x, gibibytes, style, label=label, markersize=4)
-        ticks = x[-3:]
-        ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+            ax.set_xticks(x[-3:], [f"{tick:,}" for tick in x[-3:]])
         ax.set(title=name, xlabel="classes", xlim=(0, None))
         ax.grid(alpha=0.3)
     axes[0].set(ylabel="temporaries, GiB", ylim=(0, None))
