@@ -24,13 +24,12 @@ from rich.console import Console
 
 from benchmarks import results_file
 from benchmarks.aot import plots
-from benchmarks.aot.__main__ import print_failed, run
-from benchmarks.aot.kept import memory_of
-from benchmarks.machine import ROOT, describe, kind, stamped
+from benchmarks.aot.__main__ import rows_of_all
+from benchmarks.aot.kept import TARGETS, memory, memory_of
+from benchmarks.machine import ROOT, describe, place, stamped
 from jaxlinear.inspect._table import table
 
 RESULTS = ROOT / "benchmarks" / "results" / "loss.json"
-TARGETS = {"h100": "H100", "v5e": "TPU v5e", "cpu": "CPU"}
 CONTENDERS = {
     "unfused": "unfused",
     "naive": "naive formula",
@@ -39,7 +38,7 @@ CONTENDERS = {
     "tokamax": "tokamax",
 }
 PROGRAMS = {"loss": "and gradient", "loss_value": "only"}
-DTYPES = {"float32": "float32", "mixed": "mixed"}
+DTYPES = ["float32", "mixed"]
 SMALL = {"rows": 4096, "width": 512, "classes": 32768}
 LARGE = {"rows": 8192, "width": 1024, "classes": 131072}
 VOCABULARIES = [2**k for k in range(13, 19)]
@@ -106,16 +105,11 @@ def caption(document):
     versions = document["versions"]
     names = {"jax": "JAX", "optax": "Optax", "tokamax": "tokamax"}
     found = [f"{names[name]} {versions[name]}" for name in names if name in versions]
-    text = f"Compiled {stamped(document)} with {', '.join(found)}. {machine(document)}"
+    text = f"Compiled {stamped(document)} with {', '.join(found)}. {place(document)}"
     if "timed" in document:
         timed = document["timed"]
-        text += f", timed {stamped(timed)} on {machine(timed)}"
+        text += f", timed {stamped(timed)} on {place(timed)}"
     return f"{text}:"
-
-
-def machine(document):
-    cores = document["device"].removeprefix("CPU, ")
-    return f"{kind(document)} ({document['cpu']['model']}), {cores}"
 
 
 def of_sizes(document, sizes):
@@ -132,7 +126,7 @@ def of_sizes(document, sizes):
             continue
         rows.sort(key=lambda row: [*TARGETS].index(row["target"]))
         flops = dict.fromkeys(f"{row['flops'] / 1e9:,.0f}" for row in rows)
-        line = [PROGRAMS[program], DTYPES[dtype], CONTENDERS[contender]]
+        line = [PROGRAMS[program], dtype, CONTENDERS[contender]]
         line += [*map(memory, rows), " / ".join(flops)]
         lines.append(line + timed_part(chosen(times, program, dtype, **fields)))
     return table(heading, lines)
@@ -150,11 +144,6 @@ def timed_part(times):
     errors = time["errors"]
     of_results = (f"{errors[n]:.0e}" if n in errors else "" for n in ("loss", "grad_W"))
     return [f"{time['median_s']:.2f}", f"{time['to unfused']:.2f}", *of_results]
-
-
-def memory(row):
-    sizes = row["temporary_bytes"], row["bytes"]
-    return " / ".join(f"{size / 2**20:,.0f}" for size in sizes)
 
 
 def against_vocabulary(rows):
@@ -182,7 +171,7 @@ def of_memory(rows, dtype, contender, classes):
 def panels(rows):
     """The temporaries of each contender against the vocabulary, by dtype."""
     return {
-        name: {
+        dtype: {
             CONTENDERS[contender]: [
                 (classes, row["temporary_bytes"])
                 for classes in VOCABULARIES
@@ -190,7 +179,7 @@ def panels(rows):
             ]
             for contender in DRAWN
         }
-        for dtype, name in DTYPES.items()
+        for dtype in DTYPES
     }
 
 
@@ -213,19 +202,12 @@ def main():
     if not is_installed("tokamax"):
         console.print("tokamax is not installed: there are no rows of it.")
     here = describe(jax.devices("cpu")[0])
-
-    def finished(cells, name):
-        found = run(list(cells), folder / name, console)
-        print_failed(found, console)
-        if found["failed"]:
-            raise SystemExit(1)
-        return found["rows"]
-
     document = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if not options.times:
-        document |= here | {"rows": finished(cells(), "compiled")}
+        document |= here | {"rows": rows_of_all(cells(), folder / "compiled", console)}
     if not options.compiled:
-        document |= {"timed": here, "times": finished(timed_cells(), "timed")}
+        times = rows_of_all(timed_cells(), folder / "timed", console)
+        document |= {"timed": here, "times": times}
     results_file.write(document, RESULTS)
 
 

@@ -45,6 +45,12 @@ def kind(document):
     return f"CPU {'with' if is_native else 'without'} bfloat16 instructions"
 
 
+def place(document):
+    """The machine of a document, in words."""
+    cores = document["device"].removeprefix("CPU, ")
+    return f"{kind(document)} ({document['cpu']['model']}), {cores}"
+
+
 def versions():
     found = {"python": platform.python_version()}
     for name in LIBRARIES:

@@ -21,7 +21,7 @@ import json
 
 from benchmarks import loss, plots, results_file
 from benchmarks.aot import kept, study
-from benchmarks.machine import ROOT, kind, stamped
+from benchmarks.machine import ROOT, kind, place, stamped
 from benchmarks.model import GPT_STEP
 from benchmarks.report import geometric_mean, megabytes
 from benchmarks.results_file import OURS, rows_of
@@ -183,10 +183,9 @@ def age(document):
 
 def caption(document):
     """Where and when it was measured."""
-    cores = document["device"].removeprefix("CPU, ")
     return (
-        f"{kind(document)} ({document['cpu']['model']}), {cores}, JAX"
-        f" {document['versions']['jax']}, measured {stamped(document)}{age(document)}:"
+        f"{place(document)}, JAX {document['versions']['jax']}, measured"
+        f" {stamped(document)}{age(document)}:"
     )
 
 

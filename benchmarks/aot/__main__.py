@@ -103,6 +103,15 @@ def print_failed(document, console):
         console.print(line, style="red", highlight=False, markup=False)
 
 
+def rows_of_all(cells, output, console):
+    """The rows of cells of which none may fail."""
+    document = run(list(cells), output, console)
+    print_failed(document, console)
+    if document["failed"]:
+        raise SystemExit(1)
+    return document["rows"]
+
+
 def table(document):
     columns = "target", "devices", "layout", "case", "", "kernels", "Tflop", "MiB moved"
     columns += "MiB on the wire", "MiB peak", "casts, copies, transposes", "compile s"

@@ -20,8 +20,8 @@ from rich.console import Console
 
 from benchmarks import results_file
 from benchmarks.aot import plots
-from benchmarks.aot.__main__ import print_failed, run
-from benchmarks.machine import ROOT, describe, kind, stamped
+from benchmarks.aot.__main__ import rows_of_all
+from benchmarks.machine import ROOT, describe, place, stamped
 from jaxlinear.inspect._table import table
 
 RESULTS = ROOT / "benchmarks" / "results" / "kept.json"
@@ -103,11 +103,9 @@ def tables(document):
 
 
 def caption(document):
-    cores = document["device"].removeprefix("CPU, ")
     return (
         f"Compiled {stamped(document)} with JAX {document['versions']['jax']}."
-        f" {kind(document)} ({document['cpu']['model']}), {cores}, timed"
-        f" {stamped(document['timed'])}:"
+        f" {place(document)}, timed {stamped(document['timed'])}:"
     )
 
 
@@ -191,11 +189,7 @@ def main():
     machine = describe(jax.devices("cpu")[0])
 
     def finished(cells, name):
-        found = run(list(cells), folder / name, console)
-        print_failed(found, console)
-        if found["failed"]:
-            raise SystemExit(1)
-        return found["rows"]
+        return rows_of_all(cells, folder / name, console)
 
     if is_timed_only:
         document = json.loads(RESULTS.read_text())
