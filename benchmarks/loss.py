@@ -114,10 +114,9 @@ def caption(document):
 
 def of_sizes(document, sizes):
     """A line for each contender, program and dtype, with times if there are any."""
-    times = chosen_times(document, sizes)
+    times = [row for row in document.get("times", []) if row["sizes"] == sizes]
     heading = ["loss", "dtype", "contender", *map(memory_of, TARGETS.values())]
-    heading += ["products, Gflop"]
-    heading += TIMED if times else []
+    heading += ["products, Gflop", *(TIMED if times else [])]
     lines = []
     for program, dtype, contender in itertools.product(PROGRAMS, DTYPES, CONTENDERS):
         fields = {"contender": contender, "sizes": sizes}
@@ -128,18 +127,15 @@ def of_sizes(document, sizes):
         flops = dict.fromkeys(f"{row['flops'] / 1e9:,.0f}" for row in rows)
         line = [PROGRAMS[program], dtype, CONTENDERS[contender]]
         line += [*map(memory, rows), " / ".join(flops)]
-        lines.append(line + timed_part(chosen(times, program, dtype, **fields)))
+        line += timed_part(chosen(times, program, dtype, **fields)) if times else []
+        lines.append(line)
     return table(heading, lines)
 
 
-def chosen_times(document, sizes):
-    return [row for row in document.get("times", []) if row["sizes"] == sizes]
-
-
 def timed_part(times):
-    """What is under ``TIMED``, if it was timed."""
+    """What is under ``TIMED``, of one row or none."""
     if not times:
-        return []
+        return [""] * len(TIMED)
     [time] = times
     errors = time["errors"]
     of_results = (f"{errors[n]:.0e}" if n in errors else "" for n in ("loss", "grad_W"))
