@@ -238,7 +238,7 @@ def _group(program, collective):
 
 def _kernel_bytes(program, kernel):
     if kernel.opcode in _FUSIONS:
-        return _fusion_bytes(program.computations[_called(kernel)], kernel.read)
+        return _fusion_bytes(program, kernel)
     written = kernel.results
     if kernel.opcode == "custom-call":
         # A library's workspace is bytes, and not an array of the program.
@@ -246,26 +246,40 @@ def _kernel_bytes(program, kernel):
     return _bytes(written) + sum(_bytes(operand.results) for operand in kernel.read)
 
 
-def _fusion_bytes(body, read):
-    size, users = _bytes(body[-1].results), collections.defaultdict(list)
-    for user in body:
-        for position, operand in enumerate(user.read):
-            users[operand].append((user, position))
-        if user.opcode == "dynamic-update-slice":
-            size -= _bytes(user.results) - _bytes(user.read[1].results)
-    for parameter in body:
-        if parameter.opcode == "parameter":
-            full = _bytes(read[int(parameter.operands)].results)
-            size += _used(users, parameter, full)
+def _fusion_bytes(program, fusion):
+    size = _bytes(program.computations[_called(fusion)][-1].results)
+    size -= _not_written(program, fusion)
+    for position, operand in enumerate(fusion.read):
+        size += _used(program, fusion, position, _bytes(operand.results))
     return size
 
 
-def _used(users, parameter, full):
+def _not_written(program, fusion):
+    """What is outside the slices that a fusion updates, also in a fusion inside it."""
+    size = 0
+    for user in program.computations[_called(fusion)]:
+        if user.opcode == "dynamic-update-slice":
+            size += _bytes(user.results) - _bytes(user.read[1].results)
+        elif user.opcode in _FUSIONS:
+            size += _not_written(program, user)
+    return size
+
+
+def _used(program, fusion, place, full):
     """The bytes of a fusion's operand that it reads, of as many as it has."""
+    body, users = program.computations[_called(fusion)], collections.defaultdict(list)
+    for user in body:
+        for position, operand in enumerate(user.read):
+            users[operand].append((user, position))
+    [parameter] = (
+        i for i in body if i.opcode == "parameter" and int(i.operands) == place
+    )
     used = 0
     for user, position in _through_bitcasts(users, parameter):
         if user.opcode == "dynamic-slice" and position == 0:
             used += _bytes(user.results)
+        elif user.opcode in _FUSIONS:
+            used += _used(program, user, position, full)
         elif user.opcode != "dynamic-update-slice" or position:
             return full
     return min(full, used)
