@@ -13,7 +13,7 @@ from jaxlinear._loss.logits import (
     logits,
     rounded,
     rows_of,
-    scale_for,
+    scale_for_float16,
 )
 from jaxlinear._op.formulas import bias_gradient, input_gradient, weight_gradient
 from jaxlinear._op.sharding import ArrayType
@@ -69,7 +69,7 @@ class Spec(NamedTuple):
     def logits(self, X, W, B):
         return logits(X, W, B, self.products.forward, self.soft_cap)
 
-    def rows_of(self, z, labels, first=0):
+    def rows_of(self, z, labels, first):
         return rows_of(z, labels, first, self.reads_total, self.predicts)
 
     def first_of(self, W):
@@ -177,11 +177,10 @@ def shared_operand(array, spec):
 def scaled(g, spec):
     """``g`` times a power of two for float16, and the inverse of that, or None."""
     _, *gradients = spec.products
-    low = [p.operand_dtype for p in gradients if p.operand_dtype == jnp.float16]
-    scale = scale_for(low[0], g) if low else None
-    if scale is None:
+    if all(product.operand_dtype != jnp.float16 for product in gradients):
         return g, None
-    return jax.tree.map(lambda a: a * scale, g), 1 / scale
+    scale = scale_for_float16(g)
+    return times(scale, g), 1 / scale
 
 
 def times(scale, gradients):

@@ -28,18 +28,18 @@ def walk(body, carry, length, size):
     return body(carry, jnp.int32(whole), rest) if rest else carry
 
 
-def block(array, first, size, axis=0):
-    """A block of an array or of None."""
+def block(array, first, size):
+    """A block of the first axis of an array, or None."""
     if array is None:
         return None
-    return lax.dynamic_slice_in_dim(array, first, size, axis)
+    return lax.dynamic_slice_in_dim(array, first, size)
 
 
-def put(array, first, part, axis=0):
+def put(array, first, part):
     """``array`` with ``part`` in the place of one of its blocks, or None."""
     if array is None:
         return None
-    return lax.dynamic_update_slice_in_dim(array, part, first, axis)
+    return lax.dynamic_update_slice_in_dim(array, part, first, 0)
 
 
 def vocabulary_block(size):
@@ -50,15 +50,17 @@ def vocabulary_block(size):
 _LANES = 128  # A TPU pads the last axis of an array to a multiple of this.
 
 
-def by_platform(function, *arrays):
+_ROWS = {"cpu": 256, "default": 2048}
+
+
+def in_rows_of_the_platform(function, *arrays):
     """``function(rows of a block, *arrays)`` with as many as suit the platform.
 
     The weight gradient is read and written for each block. On an accelerator that takes
     longer than its product, unless there are some thousand rows. On a CPU the product
     takes longer, and few logits need little memory.
     """
-    ROWS = {"cpu": 256, "default": 2048}
-    forms = {p: partial(function, rows) for p, rows in ROWS.items()}
+    forms = {p: partial(function, rows) for p, rows in _ROWS.items()}
     if is_open():
         return forms["default"](*arrays)
     return lax.platform_dependent(*arrays, **forms)

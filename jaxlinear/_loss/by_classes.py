@@ -147,17 +147,12 @@ def _statistics_differential(spec, kept, tangents):
 
 def _jvp(function, at, moving):
     """The value and the tangent of ``function`` along what is not None."""
-    fixed = [
-        at_one if d is None else None for at_one, d in zip(at, moving, strict=True)
-    ]
-    some = [None if d is None else at_one for at_one, d in zip(at, moving, strict=True)]
+    along = {k: tangent for k, tangent in enumerate(moving) if tangent is not None}
 
     def of_some(some):
-        return function(
-            *(f if s is None else s for s, f in zip(some, fixed, strict=True))
-        )
+        return function(*(some.get(k, array) for k, array in enumerate(at)))
 
-    return jax.jvp(of_some, (some,), ([*moving],))
+    return jax.jvp(of_some, ({k: at[k] for k in along},), (along,))
 
 
 statistics_of = in_every_mode(

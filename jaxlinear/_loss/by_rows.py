@@ -23,7 +23,7 @@ from jaxlinear._loss.block import (
     wanted_gradients,
     with_left,
 )
-from jaxlinear._loss.blocks import block, by_platform, put, walk
+from jaxlinear._loss.blocks import block, in_rows_of_the_platform, put, walk
 from jaxlinear._loss.by_classes import read_all, statistics_of
 from jaxlinear._loss.logits import (
     filled_as,
@@ -37,6 +37,10 @@ from jaxlinear._loss.partitioned import Found, Walk, partitioned
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _total(h, weight, bias, labels, weights, spec):
     read = read_all(h, weight, bias, labels, spec)
+    return _total_of_read(read, weight, labels, weights, spec)
+
+
+def _total_of_read(read, weight, labels, weights, spec):
     return _sum(weights * _own(spec.losses(read, labels, weight), spec), spec)
 
 
@@ -74,7 +78,8 @@ def _total_forward(h, weight, bias, labels, weights, spec):
 
 def _over_rows(spec, wanted, X, W, B, rows):
     flat = X.reshape(-1, X.shape[-1]), *(a.reshape(-1) for a in rows)
-    losses, gradients = by_platform(partial(_walk_over_rows, spec, wanted), W, B, *flat)
+    walk_over_rows = partial(_walk_over_rows, spec, wanted)
+    losses, gradients = in_rows_of_the_platform(walk_over_rows, W, B, *flat)
     if gradients.X is not None:
         gradients = gradients._replace(X=gradients.X.reshape(X.shape))
     return Found(losses.reshape(X.shape[:-1]), gradients)
@@ -133,7 +138,7 @@ def _total_differential(spec, kept, tangents):
 
 def _total_of_losses(h, weight, bias, labels, weights, spec):
     read = statistics_of(h, weight, bias, labels, spec)
-    return _sum(weights * _own(spec.losses(read, labels, weight), spec), spec)
+    return _total_of_read(read, weight, labels, weights, spec)
 
 
 # Each of many totals has its own cotangent. So the forward pass would not compute one

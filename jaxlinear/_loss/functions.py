@@ -4,7 +4,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import DTypeLike
 
 from jaxlinear._checks import ArrayLike, compute_dtype
@@ -192,7 +191,7 @@ def _run(function, arrays, options):
 
 def _loss_of(h, weight, labels, bias=None, weights=None, *, options):
     spec = _spec(h, weight, bias, options)
-    labels = _counted(labels, _classes(weight, options), options.ignore_index)
+    labels = _counted(labels, spec.classes(weight), options.ignore_index)
     if weights is None:
         weights = jnp.ones_like(labels, spec.dtype)
     weights = jnp.where(labels < 0, 0, weights.astype(spec.dtype))
@@ -208,7 +207,7 @@ def _loss_of(h, weight, labels, bias=None, weights=None, *, options):
 
 def _likelihood_of(h, weight, labels, bias=None, *, options):
     spec = _spec(h, weight, bias, options)._replace(predicts=True)
-    labels = _counted(labels, _classes(weight, options))
+    labels = _counted(labels, spec.classes(weight))
     return _on_devices(_likelihood, h, weight, bias, labels, None, spec)
 
 
@@ -239,10 +238,6 @@ def _spec(h, weight, bias, options):
     )
 
 
-def _classes(weight, options):
-    return weight.shape[0] * (lax.axis_size(options.axes) if options.axes else 1)
-
-
 def _counted(labels, classes, ignore_index=-1):
     """The labels in int32, and -1 for every token that has no loss."""
     if labels.dtype.itemsize < 4:
@@ -250,9 +245,8 @@ def _counted(labels, classes, ignore_index=-1):
     is_counted = (labels >= 0) & (labels < classes)
     if 0 <= ignore_index < classes:
         is_counted &= labels != ignore_index
-    places = jnp.where(is_counted, labels, 0).astype(
-        jnp.int32
-    )  # None is -1 if unsigned.
+    # In two steps: unsigned labels have no -1.
+    places = jnp.where(is_counted, labels, 0).astype(jnp.int32)
     return jnp.where(is_counted, places, -1)
 
 

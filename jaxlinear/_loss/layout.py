@@ -21,8 +21,8 @@ class Layout(NamedTuple):
     @classmethod
     def of(cls, h, weight):
         """Of what splits each axis of both, None or one name or several."""
-        *rows, _ = map(_names, h)
-        return cls(tuple(rows), *map(_names, weight))
+        *rows, _ = map(names_of, h)
+        return cls(tuple(rows), *map(names_of, weight))
 
     @property
     def row_axes(self):
@@ -89,7 +89,8 @@ class Layout(NamedTuple):
         return lax.psum(gradient, rest) if rest else gradient
 
 
-def _names(entry):
+def names_of(entry):
+    """The axes of the mesh in one entry of a `PartitionSpec`."""
     return () if entry is None else (entry,) if isinstance(entry, str) else (*entry,)
 
 

@@ -186,14 +186,12 @@ def rounded(D, dtype):
     return lax.reduce_precision(D, bits.nexp, bits.nmant)
 
 
-def scale_for(dtype, g):
-    """A power of two by which ``g`` is multiplied where its operands are in ``dtype``.
+def scale_for_float16(g):
+    """A power of two by which ``g`` is multiplied where its operands are in float16.
 
-    The gradient of a large vocabulary is smaller than what float16 has: there its
-    largest value becomes nearly the largest of that dtype.
+    The gradient of a large vocabulary is smaller than what float16 has: its largest
+    value becomes nearly the largest of that dtype.
     """
-    if dtype != jnp.float16:
-        return None
     largest = jnp.max(jnp.abs(g.log_sum_exp)) + jnp.max(jnp.abs(g.label))
     if g.total is not None:
         largest += jnp.max(jnp.abs(g.total))

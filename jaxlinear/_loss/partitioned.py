@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 
 from jaxlinear._every_mode.open import OpenPrimitive
 from jaxlinear._loss.block import Gradients
-from jaxlinear._loss.layout import Layout
+from jaxlinear._loss.layout import Layout, names_of
 
 
 class Found(NamedTuple):
@@ -119,8 +119,7 @@ def _split(array):
     sizes = array.sharding.mesh.shape
 
     def parts(entry):
-        names = () if entry is None else (entry,) if isinstance(entry, str) else entry
-        return math.prod(sizes[name] for name in names)
+        return math.prod(sizes[name] for name in names_of(entry))
 
     lengths = zip(array.shape, entries, strict=True)
     return [None if length % parts(entry) else entry for length, entry in lengths]
