@@ -340,7 +340,7 @@ def test_the_naive_formula_of_plain_autodiff():
 
 
 def test_neither_the_logits_nor_a_second_gradient_is_in_memory():
-    n, d, v = 1024, 32, 8192
+    n, d, v = 4096, 32, 8192
     h = jax.ShapeDtypeStruct((n, d), jnp.float32)
     weight = jax.ShapeDtypeStruct((v, d), jnp.float32)
     labels = jax.ShapeDtypeStruct((n,), jnp.int32)

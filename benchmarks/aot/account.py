@@ -1,8 +1,8 @@
 """What a compiled program does, from its text: kernels, products, bytes, collectives.
 
 A kernel reads each operand and writes each result once, whenever it starts: in a loop
-by its trip count. Of an array that a fusion slices, or updates in place, only the slice
-counts. An asynchronous pair is one operation.
+by its trip count. Of an array that is sliced, or updated in place, in a fusion or not,
+only the slice counts. An asynchronous pair is one operation.
 """
 
 import collections
@@ -239,6 +239,10 @@ def _group(program, collective):
 def _kernel_bytes(program, kernel):
     if kernel.opcode in _FUSIONS:
         return _fusion_bytes(program, kernel)
+    if kernel.opcode == "dynamic-slice":
+        return 2 * _bytes(kernel.results)
+    if kernel.opcode == "dynamic-update-slice":
+        return 2 * _bytes(kernel.read[1].results)
     written = kernel.results
     if kernel.opcode == "custom-call":
         # A library's workspace is bytes, and not an array of the program.

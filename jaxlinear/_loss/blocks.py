@@ -1,6 +1,7 @@
 """Walks over an axis of arrays in blocks, whose size depends on the platform."""
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,18 +29,25 @@ def walk(body, carry, length, size):
     return body(carry, jnp.int32(whole), rest) if rest else carry
 
 
-def block(array, first, size):
-    """A block of the first axis of an array, or None."""
+def block(array, first, size, axis=0):
+    """A block of an axis of an array, or None."""
     if array is None:
         return None
-    return lax.dynamic_slice_in_dim(array, first, size)
+    return lax.dynamic_slice_in_dim(array, first, size, axis)
 
 
-def put(array, first, part):
+def put(array, first, part, axis=0):
     """``array`` with ``part`` in the place of one of its blocks, or None."""
     if array is None:
         return None
-    return lax.dynamic_update_slice_in_dim(array, part, first, 0)
+    return lax.dynamic_update_slice_in_dim(array, part, first, axis)
+
+
+def add(array, first, part):
+    """``array`` with ``part`` added to one of its blocks, or None."""
+    if array is None:
+        return None
+    return put(array, first, block(array, first, part.shape[0]) + part)
 
 
 def vocabulary_block(size):
@@ -50,17 +58,28 @@ def vocabulary_block(size):
 _LANES = 128  # A TPU pads the last axis of an array to a multiple of this.
 
 
-_ROWS = {"cpu": 256, "default": 2048}
+class Blocks(NamedTuple):
+    """How many rows a block has, and whether its classes are in blocks too."""
+
+    rows: int
+    splits_classes: bool
+
+    def classes(self, size):
+        return vocabulary_block(size) if self.splits_classes else size
 
 
-def in_rows_of_the_platform(function, *arrays):
-    """``function(rows of a block, *arrays)`` with as many as suit the platform.
+_BLOCKS = {"cpu": Blocks(512, True), "default": Blocks(2048, False)}
 
-    The weight gradient is read and written for each block. On an accelerator that takes
-    longer than its product, unless there are some thousand rows. On a CPU the product
-    takes longer, and few logits need little memory.
+
+def in_blocks_of_the_platform(function, *arrays):
+    """``function(blocks, *arrays)`` with the `Blocks` that suit the platform.
+
+    The weight gradient is read and written for each block of rows. On an accelerator
+    that takes longer than its product, unless there are some thousand rows, and it
+    computes a large block faster than many small ones. On a CPU the product takes
+    longer: there fewer logits are kept, and no copy of the weight in another dtype.
     """
-    forms = {p: partial(function, rows) for p, rows in _ROWS.items()}
+    forms = {p: partial(function, blocks) for p, blocks in _BLOCKS.items()}
     if is_open():
         return forms["default"](*arrays)
     return lax.platform_dependent(*arrays, **forms)

@@ -24,7 +24,7 @@ from jaxlinear._loss.block import (
     wanted_gradients,
     with_left,
 )
-from jaxlinear._loss.blocks import block, put, vocabulary_block, walk
+from jaxlinear._loss.blocks import add, block, put, vocabulary_block, walk
 from jaxlinear._loss.logits import (
     Statistics,
     filled_as,
@@ -48,16 +48,25 @@ def read_all(h, weight, bias, labels, spec):
 
 
 def _read(spec, _, X, W, B, labels):
-    X, start = shared_operand(X, spec), spec.first_of(W)
-
-    def body(rows, first, size):
-        z = spec.logits(X, block(W, first, size), block(B, first, size))
-        return joined(rows, spec.rows_of(z, labels, start + first))
-
-    rows = no_rows(labels, spec.dtype, spec.reads_total, spec.predicts)
-    rows = walk(body, rows, W.shape[0], vocabulary_block(W.shape[0]))
+    X, size = shared_operand(X, spec), vocabulary_block(W.shape[0])
+    rows, _ = read_in_blocks(X, W, B, labels, None, spec, size)
     read = joined_over_devices(rows, spec.axes).statistics
     return Found(read, Gradients(None, None, None))
+
+
+def read_in_blocks(X, W, B, labels, z, spec, size):
+    """What is read of a device's classes, and the logits if ``z`` is their place."""
+    start = spec.first_of(W)
+
+    def body(carry, first, size):
+        rows, z = carry
+        W_b, B_b = block(W, first, size), block(B, first, size)
+        z_b = spec.logits(X, shared_operand(W_b, spec), B_b)
+        rows = joined(rows, spec.rows_of(z_b, labels, start + first))
+        return rows, put(z, first, z_b, axis=-1)
+
+    rows = no_rows(labels, spec.dtype, spec.reads_total, spec.predicts)
+    return walk(body, (rows, z), W.shape[0], size)
 
 
 class Kept(NamedTuple):
@@ -91,24 +100,37 @@ def _statistics_backward(spec, kept, g):
 
 def _differentiated(spec, wanted, X, W, B, rows):
     labels, log_sum_exp, label, g = rows
-    X, start = shared_operand(X, spec), spec.first_of(W)
-
-    def body(gradients, first, size):
-        W_b, B_b = block(W, first, size), block(B, first, size)
-        z = spec.logits(X, W_b, B_b)
-        G = gradient(z, labels, start + first, log_sum_exp, g, spec.soft_cap)
-        found = gradients_of_block(G, X, W_b, wanted, spec)
-        return Gradients(
-            X=None if wanted.X is None else gradients.X + found.X,
-            W=put(gradients.W, first, found.W),
-            B=put(gradients.B, first, found.B),
-        )
-
-    gradients = no_gradients(wanted, X, W, spec.dtype)
-    gradients = walk(body, gradients, W.shape[0], vocabulary_block(W.shape[0]))
+    X, size = shared_operand(X, spec), vocabulary_block(W.shape[0])
+    found = no_gradients(wanted, X, W, spec.dtype)
+    of_rows = log_sum_exp, g, None
+    found = differentiated_in_blocks(found, X, W, B, labels, None, of_rows, spec, size)
     g_label = gradient_at_label(label, log_sum_exp, g, spec.soft_cap)
     left = left_at_label(g_label, spec)
-    return Found(None, with_left(gradients, left, X, W, labels, spec))
+    return Found(None, with_left(found, left, X, W, labels, spec))
+
+
+def differentiated_in_blocks(found, X, W, B, labels, z, of_rows, spec, size):
+    """``found`` and the gradients of a device's classes.
+
+    The logits are z, or computed again if it is None. ``of_rows`` is log Σ exp z, the
+    derivative by what was read, and the inverse of a scale of that, or None.
+    """
+    start, (log_sum_exp, g, inverse) = spec.first_of(W), of_rows
+    wanted = Gradients(*(None if a is None else () for a in found))
+
+    def body(found, first, size):
+        W_b, B_b = block(W, first, size), block(B, first, size)
+        W_b = shared_operand(W_b, spec)
+        z_b = spec.logits(X, W_b, B_b) if z is None else block(z, first, size, axis=-1)
+        G = gradient(z_b, labels, start + first, log_sum_exp, g, spec.soft_cap)
+        part = times(inverse, gradients_of_block(G, X, W_b, wanted, spec))
+        return Gradients(
+            X=None if found.X is None else found.X + part.X,
+            W=add(found.W, first, part.W),
+            B=add(found.B, first, part.B),
+        )
+
+    return walk(body, found, W.shape[0], size)
 
 
 _statistics.defvjp(_statistics_forward, _statistics_backward, symbolic_zeros=True)

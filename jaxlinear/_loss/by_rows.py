@@ -12,8 +12,6 @@ from jax import lax
 
 from jaxlinear._every_mode import in_every_mode
 from jaxlinear._loss.block import (
-    Gradients,
-    gradients_of_block,
     in_dtypes,
     left_at_label,
     no_gradients,
@@ -23,11 +21,15 @@ from jaxlinear._loss.block import (
     wanted_gradients,
     with_left,
 )
-from jaxlinear._loss.blocks import block, in_rows_of_the_platform, put, walk
-from jaxlinear._loss.by_classes import read_all, statistics_of
+from jaxlinear._loss.blocks import block, in_blocks_of_the_platform, put, walk
+from jaxlinear._loss.by_classes import (
+    differentiated_in_blocks,
+    read_all,
+    read_in_blocks,
+    statistics_of,
+)
 from jaxlinear._loss.logits import (
     filled_as,
-    gradient,
     gradient_at_label,
     joined_over_devices,
 )
@@ -79,44 +81,38 @@ def _total_forward(h, weight, bias, labels, weights, spec):
 def _over_rows(spec, wanted, X, W, B, rows):
     flat = X.reshape(-1, X.shape[-1]), *(a.reshape(-1) for a in rows)
     walk_over_rows = partial(_walk_over_rows, spec, wanted)
-    losses, gradients = in_rows_of_the_platform(walk_over_rows, W, B, *flat)
+    losses, gradients = in_blocks_of_the_platform(walk_over_rows, W, B, *flat)
     if gradients.X is not None:
         gradients = gradients._replace(X=gradients.X.reshape(X.shape))
     return Found(losses.reshape(X.shape[:-1]), gradients)
 
 
-def _walk_over_rows(spec, wanted, block_rows, W, B, X, labels, weights):
+def _walk_over_rows(spec, wanted, blocks, W, B, X, labels, weights):
     """The losses (n,) and the gradients, of rows X (n, in)."""
-    X, W = shared_operand(X, spec), shared_operand(W, spec)
-    start = spec.first_of(W)
+    X, size = shared_operand(X, spec), blocks.classes(W.shape[0])
 
-    def body(carry, first, size):
+    def body(carry, first, rows):
         losses, left, gradients = carry
-        X_b, labels_b, weights_b = (block(a, first, size) for a in (X, labels, weights))
-        z = spec.logits(X_b, W, B)
-        rows = spec.rows_of(z, labels_b, start)
-        read = joined_over_devices(rows, spec.axes).statistics
+        X_b, labels_b, weights_b = (block(a, first, rows) for a in (X, labels, weights))
+        z = filled_as(X, (rows, W.shape[0]), 0, spec.dtype)
+        arrays = X_b, W, B, labels_b
+        found, z = read_in_blocks(*arrays, z, spec, size)
+        read = joined_over_devices(found, spec.axes).statistics
         g = spec.loss.derivative(read, labels_b, spec.classes(W))
         g, inverse = scaled(times(weights_b, g), spec)
-        G = gradient(z, labels_b, start, read.log_sum_exp, g, spec.soft_cap)
+        found = gradients._replace(X=block(gradients.X, first, rows))
+        of_rows = read.log_sum_exp, g, inverse
+        found = differentiated_in_blocks(found, *arrays, z, of_rows, spec, size)
+        gradients = found._replace(X=put(gradients.X, first, found.X))
         g_label = gradient_at_label(read.label, read.log_sum_exp, g, spec.soft_cap)
-        of_block = (
-            gradients_of_block(G, X_b, W, wanted, spec),
-            left_at_label(g_label, spec),
-        )
-        of_block, its_left = times(inverse, of_block)
-        gradients = Gradients(
-            X=put(gradients.X, first, of_block.X),
-            W=None if wanted.W is None else gradients.W + of_block.W,
-            B=None if wanted.B is None else gradients.B + of_block.B,
-        )
+        its_left = times(inverse, left_at_label(g_label, spec))
         left = jax.tree.map(lambda a, part: put(a, first, part), left, its_left)
         return put(losses, first, spec.losses(read, labels_b, W)), left, gradients
 
     zeros = filled_as(X, labels.shape, 0, spec.dtype)
     nothing = no_gradients(wanted, X, W, spec.dtype)
     carry = zeros, left_at_label(zeros, spec), nothing
-    losses, left, gradients = walk(body, carry, X.shape[0], block_rows)
+    losses, left, gradients = walk(body, carry, X.shape[0], blocks.rows)
     gradients = with_left(gradients, left, X, W, labels, spec)
     return losses, gradients
 

@@ -195,14 +195,14 @@ def _loss_of(h, weight, labels, bias=None, weights=None, *, options):
     if weights is None:
         weights = jnp.ones_like(labels, spec.dtype)
     weights = jnp.where(labels < 0, 0, weights.astype(spec.dtype))
+    if options.reduction == "mean":
+        # Before the walk: its gradients need no multiplication afterwards.
+        whole = jnp.sum(weights)
+        weights /= jnp.where(whole == 0, 1, whole)
     arrays = h, weight, bias, labels, weights
     if options.reduction == "none":
         return _on_devices(_losses, *arrays, spec)
-    total = _on_devices(_total, *arrays, spec, sums=True)
-    if options.reduction == "sum":
-        return total
-    whole = jnp.sum(weights)
-    return total / jnp.where(whole == 0, 1, whole)
+    return _on_devices(_total, *arrays, spec, sums=True)
 
 
 def _likelihood_of(h, weight, labels, bias=None, *, options):

@@ -194,3 +194,22 @@ def test_of_an_array_that_an_inner_fusion_slices_only_the_slice_is_read():
     found = account.account(NESTED)
     assert (found.kernels, found.flops) == (1, 2 * 8 * 64 * 16)
     assert found.bytes == 4 * (8 * 64 + 64 * 16 + 8 * 16 + 1)
+
+
+ALONE = """HloModule alone, num_partitions=1
+
+ENTRY %main (w: f32[64,1024], v: f32[64,16], at: s32[]) -> f32[64,1024] {
+  %w = f32[64,1024]{1,0} parameter(0)
+  %v = f32[64,16]{1,0} parameter(1)
+  %at = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  %part = f32[64,16]{1,0} dynamic-slice(%w, %zero, %at), dynamic_slice_sizes={64,16}
+  %sum = f32[64,16]{1,0} add(%part, %v)
+  ROOT %found = f32[64,1024]{1,0} dynamic-update-slice(%w, %sum, %zero, %at)
+}
+"""
+
+
+def test_of_an_array_that_is_sliced_outside_a_fusion_only_the_slice_counts():
+    block = 4 * 64 * 16
+    assert account.account(ALONE).bytes == (2 + 3 + 2) * block

@@ -88,13 +88,13 @@ def test_every_mode_has_the_values_of_the_loss_with_logits(mode, reduction):
     def ours(h, weight, bias):
         options = {"reduction": reduction, "weights": weights, **OPTIONS}
         found = linear_cross_entropy(h, weight, labels, bias, **options)
-        return jnp.sum(jnp.sin(found))
+        return jnp.sum(jnp.sin(found / 8))
 
     def with_logits(h, weight, bias):
         losses = weights * unfused(h, weight, labels, bias, **OPTIONS)
         whole = jnp.sum(jnp.where(labels < 0, 0, weights))
         losses = losses.sum() / whole if reduction == "mean" else losses
-        return jnp.sum(jnp.sin(losses))
+        return jnp.sum(jnp.sin(losses / 8))
 
     arrays = h, weight, bias
     apply = in_modes()[mode]
