@@ -12,7 +12,7 @@ from oracle import naive
 
 import jaxlinear.linen
 import jaxlinear.nnx
-from jaxlinear import Product, Products, explain, linear
+from jaxlinear import Product, Products, explain, linear, linear_cross_entropy
 from jaxlinear._op import cpu
 from jaxlinear.inspect._hlo import bits, collectives, instructions
 
@@ -155,6 +155,21 @@ def test_a_loss_with_integer_labels():
 
     labels = jax.ShapeDtypeStruct((ROWS, 1), "int32")
     assert [p.name for p in explain(loss, W, X, labels).products] == NAMES
+
+
+@pytest.mark.parametrize(("reduction", "forward"), [("mean", 1), ("none", 2)])
+def test_the_products_of_a_block_of_a_loss_without_logits(reduction, forward, use_form):
+    use_form(cpu.NATIVE)
+    h = jax.ShapeDtypeStruct((1024, 16), "bfloat16")
+    weight = jax.ShapeDtypeStruct((2048, 16), "float32")
+    labels = jax.ShapeDtypeStruct((1024,), "int32")
+    loss = functools.partial(linear_cross_entropy, reduction=reduction)
+    explanation = explain(loss, h, weight, labels, dtype="bfloat16")
+    product = Product(("bfloat16", "bfloat16"), "default", "float32")
+    assert facts(explanation) == {
+        name: (count, product, "float32")
+        for name, count in zip(NAMES, (forward, 1, 1), strict=True)
+    }
 
 
 @pytest.mark.parametrize("form", cpu.REASONS)

@@ -238,12 +238,13 @@ def _products(asked, compiled):
     """The products in the order of the source, alike ones together."""
     results = {}  # name: the dtypes to which the source rounds the products
     asked_products = collections.defaultdict(list)
+    operands = set(_operands_of_products(asked))
     for instruction in asked:
         name, scope = _name(instruction), _scope(instruction)
         if instruction.is_product:
             asked_products[name].append(instruction)
             results.setdefault(name, []).append(instruction.results[0][0])
-        elif scope in results and instruction.results:
+        elif scope in results and instruction.results and instruction not in operands:
             results[scope][-1] = instruction.results[0][0]
     for name, products in asked_products.items():
         found = [i for i in compiled if i.is_product and _name(i) == name]
@@ -262,6 +263,17 @@ def _products(asked, compiled):
         result = ", ".join(dict.fromkeys(results[name]))
         for (product, runs_as), count in alike.items():
             yield CompiledProduct(name, count, product, result, runs_as)
+
+
+def _operands_of_products(asked):
+    """What the products read that has their scope, as casts of the operands have."""
+    for product in (i for i in asked if i.is_product):
+        read = [*product.read]
+        while read:
+            operand = read.pop()
+            if _scope(operand) == _scope(product) and not operand.is_product:
+                yield operand
+                read += operand.read
 
 
 def _notes(asked, platform):

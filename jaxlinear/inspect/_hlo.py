@@ -19,7 +19,7 @@ _LONG_NAMES = {"bf": "bfloat", "f": "float", "c": "complex", "s": "int", "u": "u
 _LONG_NAMES["pred"] = "bool"
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False)
 class Instruction:
     """One operation: a line of the text, and what can be read from it.
 
@@ -109,12 +109,9 @@ def instructions(text):
         for operand in instruction.read:
             readers.setdefault(operand, instruction.op_name)
     # An instruction that XLA made may have no origin: it gets its reader's.
-    return [
-        instruction
-        if instruction.op_name
-        else dataclasses.replace(instruction, op_name=readers.get(instruction, ""))
-        for instruction in found
-    ]
+    for instruction in found:
+        instruction.op_name = instruction.op_name or readers.get(instruction, "")
+    return found
 
 
 def _parsed(text, known):
