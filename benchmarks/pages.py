@@ -164,7 +164,8 @@ def errors(measured):
     return (
         f"Relative errors on a {measured['device']}, JAX {measured['jax']}, measured on"
         f" {measured['date'][:10]}, {measured['rows']} rows of {measured['features']}"
-        f" features; (!): more than rounding explains.\n\n{table(['', *layers], lines)}"
+        f" features, {measured['classes']:,} classes of the loss; (!): more than"
+        f" rounding explains.\n\n{table(['', *layers], lines)}"
     )
 
 

@@ -59,7 +59,7 @@ _LANES = 128  # A TPU pads the last axis of an array to a multiple of this.
 
 
 class Blocks(NamedTuple):
-    """How many rows a block has, and whether its classes are in blocks too."""
+    """How many rows a block has at most, and whether its classes are in blocks too."""
 
     rows: int
     splits_classes: bool
@@ -68,18 +68,25 @@ class Blocks(NamedTuple):
         return vocabulary_block(size) if self.splits_classes else size
 
 
-_BLOCKS = {"cpu": Blocks(512, True), "default": Blocks(2048, False)}
+def _of_cpu(features):
+    """The product takes longest: few logits, and no copy of the weight as operand."""
+    return Blocks(512, splits_classes=True)
 
 
-def in_blocks_of_the_platform(function, *arrays):
-    """``function(blocks, *arrays)`` with the `Blocks` that suit the platform.
+def _of_accelerator(features):
+    """The weight gradient is read and written for each block of rows.
 
-    The weight gradient is read and written for each block of rows. On an accelerator
-    that takes longer than its product, unless there are some thousand rows, and it
-    computes a large block faster than many small ones. On a CPU the product takes
-    longer: there fewer logits are kept, and no copy of the weight in another dtype.
+    That is as much as the logits of twice as many rows as features. More than 2,048
+    rows are not needed to keep a device busy. Nor are all classes too many for it.
     """
-    forms = {p: partial(function, blocks) for p, blocks in _BLOCKS.items()}
+    rows = min(max(2 * features, 256), 2048)
+    return Blocks(rows, splits_classes=False)
+
+
+def in_blocks_of_the_platform(function, features, *arrays):
+    """``function(blocks, *arrays)`` with the `Blocks` that suit the platform."""
+    of_accelerator = partial(function, _of_accelerator(features))
     if is_open():
-        return forms["default"](*arrays)
-    return lax.platform_dependent(*arrays, **forms)
+        return of_accelerator(*arrays)
+    of_cpu = partial(function, _of_cpu(features))
+    return lax.platform_dependent(*arrays, cpu=of_cpu, default=of_accelerator)

@@ -81,7 +81,9 @@ def _total_forward(h, weight, bias, labels, weights, spec):
 def _over_rows(spec, wanted, X, W, B, rows):
     flat = X.reshape(-1, X.shape[-1]), *(a.reshape(-1) for a in rows)
     walk_over_rows = partial(_walk_over_rows, spec, wanted)
-    losses, gradients = in_blocks_of_the_platform(walk_over_rows, W, B, *flat)
+    losses, gradients = in_blocks_of_the_platform(
+        *(walk_over_rows, X.shape[-1], W, B), *flat
+    )
     if gradients.X is not None:
         gradients = gradients._replace(X=gradients.X.reshape(X.shape))
     return Found(losses.reshape(X.shape[:-1]), gradients)

@@ -76,22 +76,22 @@ def _flax(x, weight, bias, dtype):
     return layer(x)
 
 
-def _layers():
-    layers = {"jaxlinear": _ours, "naive": _naive}
-    return layers | ({"Flax": _flax} if importlib.util.find_spec("flax") else {})
+def layers():
+    found = {"jaxlinear": _ours, "naive": _naive}
+    return found | ({"Flax": _flax} if importlib.util.find_spec("flax") else {})
 
 
 def measured():
     """Yield the measurements, those of one dtype together."""
     for name, dtypes in DTYPES.items():
-        yield from _measured(name, *dtypes, _layers())
+        yield from _measured(name, *dtypes, layers())
     for name, (argument_dtype, dtype, products) in RECIPES.items():
-        layers = {"jaxlinear": functools.partial(_ours, products=products)}
-        yield from _measured(name, argument_dtype, dtype, layers, products)
+        ours = {"jaxlinear": functools.partial(_ours, products=products)}
+        yield from _measured(name, argument_dtype, dtype, ours, products)
 
 
 def _measured(name, argument_dtype, dtype, layers, products=None):
-    arrays = _arguments(argument_dtype, dtype)
+    arrays = arguments(argument_dtype, dtype)
     expected = _expected(arrays, dtype)
     of_products = _of_products(arrays, expected, products)
     for precision in PRECISIONS:
@@ -106,20 +106,21 @@ def _measured(name, argument_dtype, dtype, layers, products=None):
                     quantity,
                     layer,
                     precision or "default",
-                    _norm(np.asarray(actual, np.float64) - exact) / _norm(exact),
+                    norm(np.asarray(actual, np.float64) - exact) / norm(exact),
                     _explained(actual.dtype, exact, magnitude, terms)
-                    + rounding / _norm(exact),
+                    + rounding / norm(exact),
                 )
 
 
-def _arguments(argument_dtype, dtype):
+def arguments(argument_dtype, dtype, out_features=FEATURES):
     """X, W and B as a layer of a trained model has them, and G."""
     generator, bound = np.random.default_rng(0), FEATURES**-0.5
-    X, G = generator.standard_normal((2, ROWS, FEATURES))
-    W = generator.uniform(-bound, bound, (FEATURES, FEATURES))
-    B = generator.uniform(-bound, bound, FEATURES)
-    arguments = [jnp.asarray(a.astype(np.float32), argument_dtype) for a in (X, W, B)]
-    return *arguments, jnp.asarray(G.astype(np.float32), dtype)
+    X = generator.standard_normal((ROWS, FEATURES))
+    G = generator.standard_normal((ROWS, out_features))
+    W = generator.uniform(-bound, bound, (out_features, FEATURES))
+    B = generator.uniform(-bound, bound, out_features)
+    arrays = [jnp.asarray(a.astype(np.float32), argument_dtype) for a in (X, W, B)]
+    return *arrays, jnp.asarray(G.astype(np.float32), dtype)
 
 
 def _forward_and_backward(function, dtype):
@@ -157,9 +158,9 @@ def _explained(dtype, exact, magnitude, terms):
     roundings are independent (Higham and Mary, A New Approach to Probabilistic Rounding
     Error Analysis, 2019).
     """
-    rounding = _unit_roundoff(dtype) / math.sqrt(3)
-    accumulating = math.sqrt(terms) * _unit_roundoff(accumulator_dtype(dtype))
-    return rounding + accumulating * _norm(magnitude) / _norm(exact)
+    rounding = unit_roundoff(dtype) / math.sqrt(3)
+    accumulating = math.sqrt(terms) * unit_roundoff(accumulator_dtype(dtype))
+    return rounding + accumulating * norm(magnitude) / norm(exact)
 
 
 def _of_products(arrays, expected, products):
@@ -204,12 +205,12 @@ def _variance(operand, dtype, contracted_axis=None):
     largest = np.max(np.abs(operand), contracted_axis, keepdims=True)
     if dtype == "int8":
         return np.broadcast_to((largest / 127) ** 2 / 12, operand.shape)
-    return (_unit_roundoff(dtype) * operand) ** 2 / 3
+    return (unit_roundoff(dtype) * operand) ** 2 / 3
 
 
-def _unit_roundoff(dtype):
+def unit_roundoff(dtype):
     return float(jnp.finfo(dtype).eps) / 2
 
 
-def _norm(array):
+def norm(array):
     return float(np.linalg.norm(array))

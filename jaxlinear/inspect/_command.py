@@ -15,13 +15,14 @@ import jax
 from jaxlinear._op.cpu import NATIVE, bfloat16_form
 from jaxlinear.inspect._accuracy import FEATURES, ROWS, measured
 from jaxlinear.inspect._json import as_json
+from jaxlinear.inspect._loss_accuracy import CLASSES, measured_losses
 from jaxlinear.inspect._table import table
 
 
 def main():
     options = _options()
     device = _device()
-    measurements = list(measured())
+    measurements = [*measured(), *measured_losses()]
     if options.json == "-":
         print(_as_json(measurements, device))
     else:
@@ -76,7 +77,7 @@ def _options():
 
 
 def _check_writable(parser, option, name):
-    """Refuse what could not be written after the ten seconds of work."""
+    """Refuse what could not be written after twenty seconds of work."""
     file = pathlib.Path(name).absolute()
     if file.is_dir():
         parser.error(f"{option}: {name} is a folder")
@@ -111,8 +112,9 @@ def _as_text(measurements, device):
 
     lines = [
         f"Relative errors against float64, {device}, JAX {jax.__version__}"
-        f" ({ROWS} rows, {FEATURES} features; mixed: float32 arguments, bfloat16"
-        " compute; float8: FLOAT8, int8: INT8, of float32 arguments):",
+        f" ({ROWS} rows, {FEATURES} features, and {CLASSES} classes of the loss; mixed:"
+        " float32 arguments, bfloat16 compute; float8: FLOAT8, int8: INT8, of float32"
+        " arguments):",
         "",
         table(
             ["", *map(", ".join, columns)],
@@ -138,6 +140,7 @@ def _as_json(measurements, device):
         "flax": _version("flax"),
         "rows": ROWS,
         "features": FEATURES,
+        "classes": CLASSES,
         "measurements": [
             {**dataclasses.asdict(m), "is_explained": m.is_explained}
             for m in measurements

@@ -10,6 +10,7 @@ from oracle import naive, random_problem, relative_error, wide
 from transformations import (
     batching,
     forward_mode,
+    last_layer,
     memory,
     programs,
     reverse_mode,
@@ -28,6 +29,7 @@ TOPICS = {
     "Memory and operations of `vmap`": memory,
     "Programs": programs,
     "Values and settings": values,
+    "Loss of a last layer": last_layer,
     "Sharding": sharding,
 }
 
@@ -73,9 +75,10 @@ def applies(row, name):
     """Whether a row is also one for a layer of few bits.
 
     There is no complex bfloat16, and on CPU a product of few bits returns float32,
-    whether it is mapped or not.
+    whether it is mapped or not. The loss of few bits has tests of its own.
     """
-    is_wide = row is values.complex_numbers or row.__module__ == memory.__name__
+    of_wide = [memory.__name__, last_layer.__name__]
+    is_wide = row is values.complex_numbers or row.__module__ in of_wide
     return not (is_wide and name in TOLERANCES)
 
 
