@@ -116,6 +116,7 @@ def tables(document):
         "loss": f"{caption(document)}\n\n{of_sizes(document, SMALL)}",
         "loss-large": of_sizes(document, LARGE),
         "loss-memory": against_vocabulary(document["rows"]),
+        "loss-gpt": of_gpt(document),
     }
 
 
@@ -183,6 +184,8 @@ def of_gpt(document):
         gpt, dtype = Sizes(**sizes).gpt, case.split("-")[1]
         rows = chosen(document["gpt"], PROGRAM, dtype, target=target, sizes=sizes)
         found = {row["contender"]: row["temporary_bytes"] for row in rows}
+        if not found:
+            continue
         logits = 4 * gpt.rows * gpt.out_features
         line = [TARGETS[target], dtype, f"{gpt.rows:,}", f"{gpt.out_features:,}"]
         of_memory = logits, found[OURS], found[WITH_LOSS]
