@@ -1,12 +1,13 @@
 """The loss of a last layer without its logits, beside the loss with them.
 
-    python -m benchmarks.loss [--compiled] [--times]
+    python -m benchmarks.loss [--compiled] [--gpt] [--times]
 
 The loss of our layer's float32 logits, the naive formula with Optax's loss, ours with
 ``reduction="mean"``, ours per token, and tokamax's ``chunked_xla``, in float32 and with
 float32 weights under bfloat16 products. They are compiled for an H100, a TPU v5e and
 this CPU, and timed on this CPU; then the memory on this CPU is compiled against the
-vocabulary. `--compiled` and `--times` measure only this part again. It writes
+vocabulary, and a training step of the benchmarks' GPT with its logits and without.
+`--compiled`, `--gpt` and `--times` measure only this part again. It writes
 `benchmarks/results/loss.json`, and `python -m benchmarks.pages` writes the rest.
 
 It needs `pip install -e '.[aot]'`, and `pip install tokamax==0.0.17` for the rows of
@@ -26,7 +27,10 @@ from benchmarks import results_file
 from benchmarks.aot import plots
 from benchmarks.aot.__main__ import rows_of_all
 from benchmarks.aot.kept import TARGETS, memory, memory_of
+from benchmarks.aot.steps import PROGRAM, Sizes
 from benchmarks.machine import ROOT, describe, place, stamped
+from benchmarks.model import GPT_STEP, WITH_LOSS
+from benchmarks.results_file import OURS
 from jaxlinear.inspect._table import table
 
 RESULTS = ROOT / "benchmarks" / "results" / "loss.json"
@@ -44,6 +48,12 @@ LARGE = {"rows": 8192, "width": 1024, "classes": 131072}
 VOCABULARIES = [2**k for k in range(13, 19)]
 DRAWN = ["unfused", "ours", "ours, per token"]
 """Against the vocabulary."""
+
+STEPS = [
+    {"batch": GPT_STEP.batch, "classes": GPT_STEP.out_features},
+    {"batch": 32, "classes": 32768},
+]
+"""Of the GPT: as it is timed, and where the logits are most of the memory."""
 
 TIMED = ["CPU: s", "time / unfused", "error: loss", "error: ∇W"]
 SECONDS = 2
@@ -78,6 +88,14 @@ def of_vocabulary(classes):
     return {"rows": 2048, "width": 512, "classes": classes}
 
 
+def gpt_cells():
+    """On accelerators only in mixed precision: a compiler takes a minute or two."""
+    for target, sizes, dtype in itertools.product(TARGETS, STEPS, DTYPES):
+        if target == "cpu" or dtype == "mixed":
+            more = {"sizes": sizes, "contenders": [OURS, WITH_LOSS]}
+            yield cell(target, PROGRAM, dtype, **more)
+
+
 def timed_cells():
     for program, dtype in itertools.product(PROGRAMS, DTYPES):
         yield cell("cpu", program, dtype, seconds=SECONDS)
@@ -98,6 +116,7 @@ def tables(document):
         "loss": f"{caption(document)}\n\n{of_sizes(document, SMALL)}",
         "loss-large": of_sizes(document, LARGE),
         "loss-memory": against_vocabulary(document["rows"]),
+        "loss-gpt": of_gpt(document),
     }
 
 
@@ -156,6 +175,29 @@ def against_vocabulary(rows):
     return table(heading, lines)
 
 
+def of_gpt(document):
+    """The temporaries of a step, with the logits and without."""
+    heading = ["GPT step", "dtype", "rows", "classes", "logits", "with", "without"]
+    lines = []
+    for gpt_cell in gpt_cells():
+        target, case, sizes = (gpt_cell[k] for k in ("target", "case", "sizes"))
+        gpt, dtype = Sizes(**sizes).gpt, case.split("-")[1]
+        rows = chosen(document["gpt"], PROGRAM, dtype, target=target, sizes=sizes)
+        found = {row["contender"]: row["temporary_bytes"] for row in rows}
+        if not found:
+            continue
+        logits = 4 * gpt.rows * gpt.out_features
+        line = [TARGETS[target], dtype, f"{gpt.rows:,}", f"{gpt.out_features:,}"]
+        of_memory = logits, found[OURS], found[WITH_LOSS]
+        lines.append([*line, *(f"{size / 2**20:,.0f}" for size in of_memory)])
+    machine = document["gpt compiled"]
+    jax_version = machine["versions"]["jax"]
+    return (
+        f"Compiled {stamped(machine)} with JAX {jax_version}. {place(machine)}:"
+        f"\n\n{table(heading, lines)}"
+    )
+
+
 def of_memory(rows, dtype, contender, classes):
     fields = {"target": "cpu", "contender": contender, "sizes": of_vocabulary(classes)}
     return chosen(rows, "loss", dtype, **fields)
@@ -192,6 +234,7 @@ def main():
     )
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--compiled", action="store_true", help="only compile")
+    only.add_argument("--gpt", action="store_true", help="only the step of a GPT")
     only.add_argument("--times", action="store_true", help="only the times")
     options = parser.parse_args()
     console, folder = Console(), pathlib.Path("aot_results") / "loss"
@@ -199,9 +242,13 @@ def main():
         console.print("tokamax is not installed: there are no rows of it.")
     here = describe(jax.devices("cpu")[0])
     document = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    if not options.times:
+    is_all = not (options.compiled or options.gpt or options.times)
+    if is_all or options.compiled:
         document |= here | {"rows": rows_of_all(cells(), folder / "compiled", console)}
-    if not options.compiled:
+    if is_all or options.gpt:
+        rows = rows_of_all(gpt_cells(), folder / "gpt", console)
+        document |= {"gpt compiled": here, "gpt": rows}
+    if is_all or options.times:
         times = rows_of_all(timed_cells(), folder / "timed", console)
         document |= {"timed": here, "times": times}
     results_file.write(document, RESULTS)

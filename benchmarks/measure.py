@@ -84,6 +84,7 @@ def timed(workload, dtype, mode, checked, seconds, limits):
             temporary_bytes=program.temporary_bytes,
             kept_bytes=program.kept_bytes,
             compile_s=program.compile_s,
+            loss=program.loss,
             **found,
         )
         rows.append(row)

@@ -1,4 +1,8 @@
-"""A training step of a small GPT with the linear layers of one library."""
+"""A training step of a small GPT with the linear layers of one library.
+
+The libraries' losses are the same function of the logits, so that only the layers
+differ. ``WITH_LOSS`` is our step once more, with `jaxlinear.linear_cross_entropy`.
+"""
 
 import dataclasses
 
@@ -14,9 +18,12 @@ from benchmarks.checks import (
     roundoff,
 )
 from benchmarks.peers import TRANSPOSED, jax_peers, parameters_of
+from benchmarks.results_file import OURS
 from benchmarks.timing import compiled
+from jaxlinear import linear_cross_entropy
 
-LIBRARIES = ["jaxlinear", "naive formula", "Flax NNX", "Equinox"]
+OTHERS = ["naive formula", "Flax NNX", "Equinox"]
+WITH_LOSS = "jaxlinear, with its loss"
 LEARNING_RATE = 1e-3
 
 
@@ -72,18 +79,17 @@ def model_programs(gpt, dtype_name, compute_dtype, device):
         results = jax.jit(jax.value_and_grad(loss))(initial(gpt), tokens)
         exact = by_kind(results, False)
     limit = bound(gpt, compute_dtype, device.platform)
-    for name in LIBRARIES:
-        if name in layers:
-            loss = loss_of(gpt, layers[name], compute_dtype)
-            parameters = jax.device_put(initial(gpt, name), device)
-            results = jax.jit(jax.value_and_grad(loss))(parameters, tokens)
-            found = by_kind(results, name in TRANSPOSED)
-            distances = {k: relative_error(found[k], exact[k]) for k in exact}
-            for quantity, error in distances.items():
-                case = gpt.name, dtype_name, "step"
-                require(case, name, quantity, error, limit)
-            errors[name] = max(distances.values())
-            programs[name] = compiled(sgd(loss), (parameters, tokens))
+    for name, loss in losses_of(gpt, layers, compute_dtype).items():
+        parameters = jax.device_put(initial(gpt, name), device)
+        results = jax.jit(jax.value_and_grad(loss))(parameters, tokens)
+        found = by_kind(results, name in TRANSPOSED)
+        distances = {k: relative_error(found[k], exact[k]) for k in exact}
+        for quantity, error in distances.items():
+            case = gpt.name, dtype_name, "step"
+            require(case, name, quantity, error, limit)
+        errors[name] = max(distances.values())
+        programs[name] = compiled(sgd(loss), (parameters, tokens))
+        programs[name].loss = float(results[0])
     count = sum(out * inputs for out, inputs in gpt.shapes)
     return programs, errors, 6 * count * gpt.rows, 8 * count
 
@@ -129,17 +135,45 @@ def initial(gpt, library="naive formula"):
     return {"linear": linear, "other": other}
 
 
-def loss_of(gpt, layer, dtype):
-    """loss(parameters, tokens) with this linear layer."""
+def losses_of(gpt, layers, dtype):
+    """The loss with each of the libraries' ``layers``, and without our logits."""
+    losses = {
+        OURS: loss_of(gpt, layers[OURS], dtype),
+        WITH_LOSS: loss_of(gpt, layers[OURS], dtype, without_logits),
+    }
+    others = [name for name in OTHERS if name in layers]
+    return losses | {name: loss_of(gpt, layers[name], dtype) for name in others}
+
+
+def loss_of(gpt, layer, dtype, head_loss=None):
+    """loss(parameters, tokens) with this linear layer.
+
+    ``head_loss(parameters, h, labels, dtype)`` is by the logits if it is None.
+    """
+    head_loss = head_loss or by_logits(layer)
 
     def loss(parameters, tokens):
-        log_p = jax.nn.log_softmax(logits(gpt, layer, dtype, parameters, tokens))
-        return -jnp.mean(jnp.take_along_axis(log_p, tokens[:, 1:, None], -1))
+        h = hidden(gpt, layer, dtype, parameters, tokens)
+        return head_loss(parameters["linear"][-1], h, tokens[:, 1:], dtype)
 
     return loss
 
 
-def logits(gpt, layer, dtype, parameters, tokens):
+def by_logits(layer):
+    def loss(parameters, h, labels, dtype):
+        log_p = jax.nn.log_softmax(layer(parameters, h, dtype).astype(jnp.float32))
+        return -jnp.mean(jnp.take_along_axis(log_p, labels[..., None], -1))
+
+    return loss
+
+
+def without_logits(parameters, h, labels, dtype):
+    weight, bias = parameters
+    return linear_cross_entropy(h, weight, labels, bias, dtype=dtype)
+
+
+def hidden(gpt, layer, dtype, parameters, tokens):
+    """What the head reads, of all tokens but the last."""
     other, weights = parameters["other"], iter(parameters["linear"])
     norms = iter(other["norms"])
 
@@ -150,7 +184,7 @@ def logits(gpt, layer, dtype, parameters, tokens):
     x = x.astype(dtype)
     for _ in range(gpt.layers):
         x = block(gpt, linear, norms, x)
-    return linear(norm(x, next(norms))).astype(jnp.float32)
+    return norm(x, next(norms))
 
 
 def block(gpt, linear, norms, x):

@@ -259,7 +259,7 @@ def model(document):
     rows = [row for row in rows_of(document) if row.workload == GPT_STEP.name]
     if not rows:
         return []
-    heading = GPT_STEP.name, "ms", "/ ours", "compile s", "peak MB", "temporaries MB"
+    heading = [GPT_STEP.name, "ms", "/ ours", "compile s", "peak MB", "temporaries MB"]
     lines = [
         [
             f"{row.library}, {row.dtype}",
@@ -271,6 +271,10 @@ def model(document):
         ]
         for row in rows
     ]
+    if all(row.loss is not None for row in rows):  # Older results do not have it.
+        heading.append("loss")
+        for line, row in zip(lines, rows, strict=True):
+            line.append(f"{row.loss:.5f}")
     return [table(heading, lines)]
 
 

@@ -44,6 +44,7 @@ class Row:
     compile_s: float | None
     temporary_bytes: int | None
     kept_bytes: int | None  # From the forward to the backward pass.
+    loss: float | None = None  # Of a model's step. Older files do not have it.
 
     @property
     def cell(self):

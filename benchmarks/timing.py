@@ -25,6 +25,7 @@ class Program:
     peak_bytes: int | None = None
     temporary_bytes: int | None = None
     kept_bytes: int | None = None
+    loss: float | None = None
 
 
 def compiled(function, arguments):

@@ -38,8 +38,8 @@ class Block(nnx.Module):
 @nnx.jit
 def train_step(model, optimizer, tokens):
     def loss(model):
-        losses = optax.softmax_cross_entropy_with_integer_labels
-        return losses(model(tokens[:, :-1]), tokens[:, 1:]).mean()
+        h = nnx.Sequential(*model.layers[:-1])(tokens[:, :-1])
+        return model.layers[-1].cross_entropy(h, tokens[:, 1:])
 
     value, gradients = nnx.value_and_grad(loss)(model)
     optimizer.update(model, gradients)

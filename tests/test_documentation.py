@@ -130,6 +130,22 @@ def test_figures_of_the_headline_are_the_mean_of_layers_and_the_step_of_the_mode
         assert headline in " ".join(page.read_text().split())
 
 
+def test_the_memory_of_the_loss_is_that_of_our_results():
+    loss = pytest.importorskip("benchmarks.loss")  # It needs matplotlib.
+    rows = json.loads(loss.RESULTS.read_text())["rows"]
+    fields = {"target": "cpu", "sizes": loss.SMALL}
+    memory = {
+        row["contender"]: f"{row['temporary_bytes'] / 2**20:,.0f}"
+        for row in loss.chosen(rows, "loss", "float32", **fields)
+    }
+    sizes = "{rows:,} × {width} → {classes:,}".format(**loss.SMALL)
+    sentence = (
+        f"{memory['ours']} MiB of temporaries on a CPU instead of"
+        f" {memory['unfused']} at {sizes}."
+    )
+    assert sentence in " ".join(README.read_text().split())
+
+
 def test_readme_is_read_in_a_few_minutes():
     assert len(README.read_text().split()) <= 700
 

@@ -15,7 +15,7 @@ from benchmarks.aot import targets
 
 os.environ |= targets.SETTINGS
 
-from benchmarks.aot import account, losses, programs, sharded, stacks, timed
+from benchmarks.aot import account, losses, programs, sharded, stacks, steps, timed
 
 BACKENDS = {"triton": None, "cublas": {"xla_gpu_enable_triton_gemm": False}}
 """Of the products on GPUs. A device chooses between them by timing."""
@@ -60,6 +60,8 @@ def program_of(case, cell, devices):
         return stacks.placed(case, devices, layout, stacks.Sizes(**sizes))
     if case.program in losses.PROGRAMS:
         return losses.placed(case, devices[0], losses.Sizes(**sizes))
+    if case.program == steps.PROGRAM:
+        return steps.placed(case, devices[0], steps.Sizes(**sizes))
     if layout is None:
         return programs.on_one(case, devices[0])
     axes = cell.get("axes", "auto")

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import measure, pages, peers, plots, report, results_file
+from benchmarks import measure, model, pages, peers, plots, report, results_file
 from benchmarks.machine import processor
-from benchmarks.model import GPT, model_programs
+from benchmarks.model import GPT, WITH_LOSS, model_programs
 from benchmarks.results_file import OURS, Row, rows_of
 from benchmarks.timing import Program, interleaved, repeated_on_device
 from benchmarks.workloads import WORKLOADS, problem, work
@@ -190,6 +190,26 @@ def test_a_wrong_layer_of_a_whole_model_is_not_timed(monkeypatch):
         model_programs(TINY, "float32", "float32", jax.devices()[0])
 
 
+def test_a_wrong_loss_of_a_whole_model_is_not_timed(monkeypatch):
+    def wrong(parameters, h, labels, dtype):
+        return 1.001 * without_logits(parameters, h, labels, dtype)
+
+    without_logits = model.without_logits
+    monkeypatch.setattr(model, "without_logits", wrong)
+    allowed = jax.numpy_rank_promotion("allow")
+    with allowed, pytest.raises(ArithmeticError, match=f"loss of {WITH_LOSS} is wrong"):
+        model_programs(TINY, "float32", "float32", jax.devices()[0])
+
+
+def test_the_table_of_a_model_has_its_loss_where_it_was_measured():
+    def table(loss):
+        row = naive_row(1) | {"workload": "GPT step", "loss": loss}
+        return pages.model({"results": [row]})[0]
+
+    assert "loss" not in table(None)
+    assert table(9.125).splitlines()[-1].endswith("| 9.12500 |")
+
+
 def test_a_program_that_is_far_slower_is_timed_once(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
@@ -337,8 +357,11 @@ def test_a_step_of_a_whole_model_is_checked_and_has_its_bytes(dtype):
         checked = model_programs(TINY, dtype, compute_dtype, jax.devices()[0])
         losses = [program.call()[0] for program in checked[0].values()]
     programs, errors, flops, least_bytes = checked
-    assert {"jaxlinear", "naive formula", "Flax NNX"} <= programs.keys()
+    assert {"jaxlinear", WITH_LOSS, "naive formula", "Flax NNX"} <= programs.keys()
     assert errors.keys() == programs.keys()
+    assert [program.loss for program in programs.values()] == pytest.approx(
+        [*map(float, losses)], rel=1e-6
+    )
     linear = 12 * 32**2 + 32 * 64
     assert (flops, least_bytes) == (6 * linear * 16, 8 * linear)
     assert all(map(jnp.isfinite, losses))

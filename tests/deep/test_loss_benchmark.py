@@ -1,6 +1,7 @@
 """The benchmark of the loss: its parts at small sizes, and the committed figures."""
 
 import importlib.util
+import itertools
 import json
 import sys
 
@@ -13,9 +14,11 @@ pytest.importorskip("optax")
 from loss_oracle import exact_loss, exact_loss_gradients
 
 from benchmarks import loss
-from benchmarks.aot import account, losses, plots
+from benchmarks.aot import account, losses, plots, steps
 from benchmarks.aot.__main__ import compiled
 from benchmarks.checks import relative_error
+from benchmarks.model import WITH_LOSS
+from benchmarks.results_file import OURS
 
 SMALL = {"rows": 1024, "width": 32, "classes": 2048}
 OTHERS = [name for name in loss.CONTENDERS if name != "tokamax"]
@@ -133,6 +136,37 @@ def test_committed_programs_have_the_products_and_the_share_of_memory(
     for name, share in SHARES.items():
         unfused = rows["unfused"]["temporary_bytes"]
         assert rows[name]["temporary_bytes"] <= share * unfused
+
+
+def test_a_step_of_a_gpt_takes_less_memory_without_its_logits_on_a_cpu(document):
+    for dtype, sizes in itertools.product(loss.DTYPES, loss.STEPS):
+        fields = {"target": "cpu", "sizes": sizes}
+        found = loss.chosen(document["gpt"], "gpt_step", dtype, **fields)
+        logits, ours = found
+        gpt = steps.Sizes(**sizes).gpt
+        assert (logits["contender"], ours["contender"]) == (OURS, WITH_LOSS)
+        assert logits["flops"] == ours["flops"]
+        saved = logits["temporary_bytes"] - ours["temporary_bytes"]
+        assert saved > 1.5 * 4 * gpt.rows * gpt.out_features
+
+
+@pytest.mark.parametrize(
+    ("option", "keys"),
+    [
+        ([], {"rows", "gpt", "times"}),
+        (["--compiled"], {"rows"}),
+        (["--gpt"], {"gpt"}),
+        (["--times"], {"times"}),
+    ],
+    ids=str,
+)
+def test_an_option_measures_only_its_part(option, keys, monkeypatch, tmp_path):
+    monkeypatch.setattr(loss, "rows_of_all", lambda *arguments: [])
+    monkeypatch.setattr(loss, "RESULTS", tmp_path / "loss.json")
+    monkeypatch.setattr(sys, "argv", ["loss", *option])
+    loss.main()
+    document = json.loads((tmp_path / "loss.json").read_text())
+    assert {key for key, value in document.items() if value == []} == keys
 
 
 def test_tables_have_a_line_for_each_contender_and_the_times_if_there_are_any(
