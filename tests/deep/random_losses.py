@@ -48,8 +48,9 @@ MODES = {
     "jvp": 3,
     "Hessian-vector": 2,
     "reverse twice": 1,
+    "gradient of a tangent": 1,
 }
-SECOND_ORDER = {"Hessian-vector", "reverse twice"}
+SECOND_ORDER = {"Hessian-vector", "reverse twice", "gradient of a tangent"}
 DIFFERENTIABLE = ["h", "weight", "bias", "weights"]
 
 # Ours may be off by so many times what the loss with logits is off, if that is more
@@ -217,6 +218,8 @@ def argument_values(case):
                 value = np.where(rng.random(shape) < 0.3, 0, value)
         for dtype in [*operand_dtypes(case), "bfloat16"]:
             value = value.astype(jnp.dtype(dtype))
+        if name == "cotangent":
+            value = value.astype("float32") * rng.choice([1, 1, 2.0**-24])
         of_weights = case.weights if of == "weights" else wide_dtype(case)
         values[name] = value.astype(jnp.dtype(dtypes.get(of, of_weights)))
     return values
@@ -303,11 +306,15 @@ def program(case, loss):
             if case.mode == "Hessian-vector":
                 return jax.jvp(jax.grad(total), (moving,), (along,))[1]
 
-            def derivative(moving):
+            def by_tangent(moving):
+                return jax.jvp(total, (moving,), (along,))[1]
+
+            def by_gradient(moving):
                 gradients = jax.grad(total)(moving)
                 return sum(wide_dot(case, gradients[n], along[n]) for n in moving)
 
-            return jax.grad(derivative)(moving)
+            is_forward = case.mode == "gradient of a tangent"
+            return jax.grad(by_tangent if is_forward else by_gradient)(moving)
 
         return run
 
@@ -513,7 +520,9 @@ def bounds(case, arrays):
     if case.kind == "mean":
         dweights = dweights + weights * dweights.sum()
     curved = 2 * of_square * (1 + 2 / case.options.get("soft_cap", math.inf))
-    rounding = amplified + max(low)
+    # Gradients of a gradient are summed in the dtypes of the arguments.
+    coarsest = [eps(d) for d in DTYPES[case.dtypes][:2]]
+    rounding = amplified + max(*low, *coarsest)
     if case.mode == "jvp":
         of_token = curved * rounding * dz
         both = weights * of_token + dweights * of_loss
