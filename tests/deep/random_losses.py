@@ -416,9 +416,7 @@ def along(function, case, arrays):
         }
         return function(case, arrays | moved)
 
-    one, two = (
-        jax.tree.map(np.subtract, at(k * STEP), at(-k * STEP)) for k in (1, 2)
-    )
+    one, two = (jax.tree.map(np.subtract, at(k * STEP), at(-k * STEP)) for k in (1, 2))
     return jax.tree.map(lambda a, b: (8 * a - b) / (12 * STEP), one, two)
 
 
@@ -465,13 +463,17 @@ def bounds(case, arrays):
     losses, log_sum_exp, z = exact(h, weight, labels, bias, **case.options)
     rows = losses.size
     u = eps(wide_dtype(case)) * (4 + math.sqrt(max(rows, *weight.shape)))
-    forward, *gradients = map(eps, operand_dtypes(case))
-    low = [e if e > eps("float32") else 0 for e in gradients]
+    low = [eps(dtype) for dtype in operand_dtypes(case)[1:]]
+    low = [e if e > eps("float32") else 0 for e in low]
 
     def by_rows(array, *shape):
         return np.abs(as_float64(array)).reshape(rows, *shape)
 
-    X, z, lse = by_rows(h, case.features), z.reshape(rows, classes), by_rows(log_sum_exp)
+    X, z, lse = (
+        by_rows(h, case.features),
+        z.reshape(rows, classes),
+        by_rows(log_sum_exp),
+    )
     W, B = np.abs(as_float64(weight)), np.zeros(classes)
     B = B if bias is None else np.abs(as_float64(bias))
     terms = (X @ W.T + B).max(-1)
@@ -512,11 +514,17 @@ def bounds(case, arrays):
     found["total"] = np.sum(cotangent * weights * of_loss)
     found["total"] += np.sum(of_lse * amplified * (1 + 2 * lse + terms))
 
-    moving = {n: np.abs(as_float64(arrays[f"along {n}"])) for n in case.moving if f"along {n}" in arrays}
+    moving = {
+        n: np.abs(as_float64(arrays[f"along {n}"]))
+        for n in case.moving
+        if f"along {n}" in arrays
+    }
     dX = moving.get("h", np.zeros(X.shape)).reshape(X.shape)
     dW, dB = moving.get("weight", 0 * W), moving.get("bias", 0 * B)
     dz = (dX @ W.T + X @ dW.T + dB).max(-1)
-    dweights = is_counted * by_rows(moving.get("weights", np.zeros(losses.shape))) / whole
+    dweights = (
+        is_counted * by_rows(moving.get("weights", np.zeros(losses.shape))) / whole
+    )
     if case.kind == "mean":
         dweights = dweights + weights * dweights.sum()
     curved = 2 * of_square * (1 + 2 / case.options.get("soft_cap", math.inf))
@@ -526,11 +534,12 @@ def bounds(case, arrays):
     if case.mode == "jvp":
         of_token = curved * rounding * dz
         both = weights * of_token + dweights * of_loss
-        found["tangent"] = np.sum(both) if case.kind in ("mean", "sum") else np.linalg.norm(both)
+        found["tangent"] = (
+            np.sum(both) if case.kind in ("mean", "sum") else np.linalg.norm(both)
+        )
         if case.kind == "log likelihood":
             found["tangent"] = 2 * np.linalg.norm(of_token)
         return found
-    at_once = np.ones(rows) if case.kind != "mean" else weights.sum() * np.ones(rows)
     if case.mode in SECOND_ORDER:
         P_2 = (curved * dz * rounding)[:, None] * P
         P_2 += rounding[:, None] * of_terms(cotangent * dweights)
@@ -545,7 +554,11 @@ def bounds(case, arrays):
             }
         )
         of_token = is_counted * curved * rounding * dz
-        own = of_token + (weights * of_token + dweights * of_loss).sum() + of_loss * dweights.sum()
+        own = (
+            of_token
+            + (weights * of_token + dweights * of_loss).sum()
+            + of_loss * dweights.sum()
+        )
         found["weights"] = np.linalg.norm(cotangent * is_counted * own / whole)
         return found
     if case.mode == "value":

@@ -1,11 +1,11 @@
-"""Random losses, as many as ``RANDOM_LOSSES`` says, by default 100."""
+"""Random losses, as many as ``RANDOM_LOSSES`` says, by default 60."""
 
 import os
 
 import pytest
 from random_losses import failure, random_case
 
-CASES, CASES_PER_TEST = int(os.environ.get("RANDOM_LOSSES", "100")), 10
+CASES, CASES_PER_TEST = int(os.environ.get("RANDOM_LOSSES", "60")), 10
 
 
 @pytest.mark.parametrize("first", range(0, CASES, CASES_PER_TEST))
