@@ -24,18 +24,25 @@ def exact(h, weight, labels, bias=None, **options):
     return np.where(is_counted, losses, 0), log_sum_exp, z
 
 
-def exact_gradients(h, weight, labels, bias=None, *, cotangents, **options):
-    """∇h, ∇W and ∇B of Σ cotangents · losses, in float64."""
+def exact_gradients(
+    h, weight, labels, bias=None, *, cotangents, of_log_sum_exp=None, **options
+):
+    """∇h, ∇W and ∇B of Σ cotangents · losses, in float64.
+
+    And of Σ of_log_sum_exp · log Σ exp z, of all tokens, if that is not None.
+    """
     ε, ζ = options.get("label_smoothing", 0), options.get("z_loss", 0)
     _, log_sum_exp, z = exact(h, weight, labels, bias, **options)
     classes = z.shape[-1]
     is_counted = counted(labels, classes, options)[..., None]
     is_label = np.asarray(labels)[..., None] == np.arange(classes)
-    G = (1 + 2 * ζ * log_sum_exp[..., None]) * np.exp(z - log_sum_exp[..., None])
-    G -= (1 - ε) * is_label + ε / classes
+    p = np.exp(z - log_sum_exp[..., None])
+    G = (1 + 2 * ζ * log_sum_exp[..., None]) * p - (1 - ε) * is_label - ε / classes
+    G = np.where(is_counted, G * np.asarray(cotangents)[..., None], 0)
+    if of_log_sum_exp is not None:
+        G = G + p * np.asarray(of_log_sum_exp)[..., None]
     if cap := options.get("soft_cap"):
         G *= 1 - (z / cap) ** 2
-    G = np.where(is_counted, G * np.asarray(cotangents)[..., None], 0)
     G = G.reshape(-1, classes)
     grad_h = (G @ as_float64(weight)).reshape(h.shape)
     grad_W = G.T @ as_float64(h).reshape(-1, h.shape[-1])
@@ -43,9 +50,14 @@ def exact_gradients(h, weight, labels, bias=None, *, cotangents, **options):
 
 
 def counted(labels, classes, options):
-    labels = np.asarray(labels).astype(np.int64)
-    is_ignored = labels == options.get("ignore_index", -100)
-    return (labels >= 0) & (labels < classes) & ~is_ignored
+    return in_range(np.asarray(labels).astype(np.int64), classes, options)
+
+
+def in_range(labels, classes, options):
+    """Which labels have a loss. They are signed, NumPy's or JAX's."""
+    is_counted = (labels >= 0) & (labels < classes)
+    ignored = options.get("ignore_index", -100)
+    return is_counted & (labels != ignored) if 0 <= ignored < classes else is_counted
 
 
 def exact_loss(*arguments, reduction="mean", weights=None, **options):
@@ -73,18 +85,22 @@ def divisor(weights, reduction):
 
 
 def unfused(h, weight, labels, bias=None, *, dtype=None, products=None, **options):
-    """The losses (*) from the logits of our layer, in float32."""
-    z = linear(h, weight, bias, dtype="float32", products=products)
+    """The losses (*) from the logits of our layer, in float32, or in float64 of it."""
+    z = unfused_logits(h, weight, bias, products, options.get("soft_cap"))
     ε, ζ = options.get("label_smoothing", 0), options.get("z_loss", 0)
-    if cap := options.get("soft_cap"):
-        z = cap * jnp.tanh(z / cap)
     log_sum_exp = jax.nn.logsumexp(z, -1)
-    is_counted = (labels >= 0) & (labels < z.shape[-1])
+    is_counted = in_range(labels.astype("int32"), z.shape[-1], options)
     places = jnp.where(is_counted, labels, 0)[..., None]
     losses = log_sum_exp - (1 - ε) * jnp.take_along_axis(z, places, -1)[..., 0]
     losses = losses + ζ * log_sum_exp**2 if ζ else losses
     losses = losses - ε * z.mean(-1) if ε else losses
     return jnp.where(is_counted, losses, 0)
+
+
+def unfused_logits(h, weight, bias, products, cap):
+    wide = "float64" if h.dtype == "float64" else "float32"
+    z = linear(h, weight, bias, dtype=wide, products=products)
+    return cap * jnp.tanh(z / cap) if cap else z
 
 
 def as_float64(array):

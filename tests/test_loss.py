@@ -159,6 +159,38 @@ def test_a_large_vocabulary_does_not_underflow_in_float16():
         assert relative(gradient, 1e-6 * of_float64) <= 1e-3
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("order", ["forward over reverse", "reverse", "over forward"])
+def test_second_derivatives_stay_in_the_range_of_float16(reduction, order):
+    h, weight, labels, bias, _ = problem(40, (1025,))
+    arrays = h / 4, weight, bias
+
+    def second(loss):
+        def tangent(*arrays):
+            return jax.jvp(loss, arrays, arrays)[1]
+
+        def gradient_along(*arrays):
+            gradients = jax.grad(loss, (0, 1, 2))(*arrays)
+            return sum(map(jnp.vdot, gradients, arrays))
+
+        if order == "forward over reverse":
+            return jax.jvp(jax.grad(loss, (0, 1, 2)), arrays, arrays)[1]
+        first = tangent if order == "over forward" else gradient_along
+        return jax.grad(first, (0, 1, 2))(*arrays)
+
+    def ours(h, weight, bias):
+        options = {"reduction": reduction, "dtype": "float16"}
+        return 1e-6 * linear_cross_entropy(h, weight, labels, bias, **options).sum()
+
+    def with_logits(h, weight, bias):
+        losses = unfused(h, weight, labels, bias)
+        whole = (labels >= 0).sum().astype("float32") if reduction == "mean" else 1
+        return 1e-6 * losses.sum() / whole
+
+    for found, expected in zip(second(ours), second(with_logits), strict=True):
+        assert relative(found, expected) <= 2 * jnp.finfo("float16").eps
+
+
 # Labels and weights.
 
 

@@ -1,5 +1,6 @@
 """A block of logits: the loss, its gradient G, and the three formulas."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -81,6 +82,27 @@ class Spec(NamedTuple):
 
     def losses(self, read, labels, W):
         return self.loss(read, labels, self.classes(W))
+
+
+def with_derivatives_in_float32(function, spec, *arrays):
+    """``function(spec, *arrays)``, of which no derivative has operands in float16.
+
+    The scale that keeps G in the range of float16 would take its derivatives out of it.
+    """
+    wide = [
+        p._replace(dtype=spec.dtype) if p.operand_dtype == jnp.float16 else p
+        for p in spec.products
+    ]
+    if wide == [*spec.products]:
+        return function(spec, *arrays)
+    apply = jax.custom_jvp(partial(function, spec))
+
+    @apply.defjvp
+    def _(primals, tangents):
+        in_float32 = spec._replace(products=Products(*wide))
+        return jax.jvp(partial(function, in_float32), primals, tangents)
+
+    return apply(*arrays)
 
 
 # The rule. With z_nv = Σ_i h_ni w_vi + b_v for each row n, p = softmax(z), and the

@@ -22,6 +22,7 @@ from jaxlinear._loss.block import (
     shared_operand,
     times,
     wanted_gradients,
+    with_derivatives_in_float32,
     with_left,
 )
 from jaxlinear._loss.blocks import add, block, put, vocabulary_block, walk
@@ -137,6 +138,14 @@ _statistics.defvjp(_statistics_forward, _statistics_backward, symbolic_zeros=Tru
 
 
 def _statistics_differential(spec, kept, tangents):
+    tangent = with_derivatives_in_float32(_tangents, spec, kept, tangents)
+    if not spec.predicts:
+        return tangent
+    prediction = np.zeros(kept.labels.shape, jax.dtypes.float0)
+    return tangent._replace(prediction=prediction)
+
+
+def _tangents(spec, kept, tangents):
     """The tangents of what is read, a block at a time: Σ p dz, dz_label and Σ dz."""
     X, W, B, labels, log_sum_exp, _, _ = kept
     dX, dW, dB, _ = tangents
@@ -161,10 +170,7 @@ def _statistics_differential(spec, kept, tangents):
     zero = filled_as(labels, labels.shape, 0, spec.dtype)
     none = Statistics(zero, zero, zero if spec.reads_total else None, None)
     tangent = walk(body, none, W.shape[0], vocabulary_block(W.shape[0]))
-    tangent = lax.psum(tangent, spec.axes) if spec.axes else tangent
-    if not spec.predicts:
-        return tangent
-    return tangent._replace(prediction=np.zeros(labels.shape, jax.dtypes.float0))
+    return lax.psum(tangent, spec.axes) if spec.axes else tangent
 
 
 def _jvp(function, at, moving):

@@ -16,7 +16,7 @@ from jax.interpreters import ad, batching
 from jax.sharding import NamedSharding
 
 from jaxlinear._every_mode.open import OpenPrimitive
-from jaxlinear._loss.block import Gradients
+from jaxlinear._loss.block import Gradients, with_derivatives_in_float32
 from jaxlinear._loss.layout import Layout, names_of
 
 
@@ -38,7 +38,10 @@ class Walk(NamedTuple):
     options: Any
 
     def __call__(self, *arrays):
-        return self.function(self.spec, self.options, *arrays)
+        def function(spec, *arrays):
+            return self.function(spec, self.options, *arrays)
+
+        return with_derivatives_in_float32(function, self.spec, *arrays)
 
     def over(self, axes):
         return self._replace(spec=self.spec._replace(axes=axes))
