@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # JAX 0.11.2 and 0.12.0.1, XLA for CPUs: the weight gradient of `x @ kernel` in bfloat16
-# is 5 to 30 times slower for an x of (1, 512, 1024) than for one of (512, 1024), as for
-# any x with a batch axis. Its operands stay in bfloat16 and its product runs outside the
+# takes about 10 times as long for an x of (1, 512, 1024) as for one of (512, 1024), and
+# in 0.11.2 longer. So it is for two batches. Its operands stay in bfloat16 and its product runs outside the
 # library that computes the forward pass; for (512, 1024) they are converted to float32.
 # JAX 0.10.2 converts both. Measured on an x86-64 CPU with bfloat16 instructions; the
 # script ends where the CPU has none.
@@ -35,14 +35,14 @@ def weight_gradient(x, G):
     return jax.vjp(lambda kernel: x @ kernel, kernel)[1](G)[0]
 
 
-for rows in (512,), (1, 512), (2, 512):
+for rows in (512,), (1, 512), (2, 256):
     x, G = jnp.ones((*rows, 1024), "bfloat16"), jnp.ones((*rows, 4096), "bfloat16")
     program = weight_gradient.lower(x, G).compile()
     text = program.as_text()
     dtype = re.search(r"= (\w+)\S* dot\(", text)[1]
     print(jax.__version__, x.shape, dtype, "ynn_fusion" in text, flush=True)
     times = []
-    for _ in range(4):
+    for _ in range(3):
         start = time.perf_counter()
         program(x, G).block_until_ready()
         times.append(time.perf_counter() - start)
@@ -58,11 +58,11 @@ cat "$folder/found" "$folder/times"
 diff "$folder/found" - <<'EXPECTED'
 0.12.0.1 (512, 1024) f32 False
 0.12.0.1 (1, 512, 1024) bf16 False
-0.12.0.1 (2, 512, 1024) bf16 False
+0.12.0.1 (2, 256, 1024) bf16 False
 0.11.2 (512, 1024) f32 False
 0.11.2 (1, 512, 1024) bf16 False
-0.11.2 (2, 512, 1024) bf16 False
+0.11.2 (2, 256, 1024) bf16 False
 0.10.2 (512, 1024) f32 False
 0.10.2 (1, 512, 1024) f32 True
-0.10.2 (2, 512, 1024) f32 True
+0.10.2 (2, 256, 1024) f32 True
 EXPECTED

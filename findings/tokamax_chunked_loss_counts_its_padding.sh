@@ -3,9 +3,8 @@
 # `implementation="chunked_xla"` pads the vocabulary with zeros to a multiple of its block
 # of 2,048, and its loss counts them: each class of the padding adds exp(0) to the sum of
 # exponentials. By "xla" the loss is right.
-# Output: classes, the mean loss by "xla" and by "chunked_xla", and in float64 of the
-# vocabulary and of the vocabulary with the padding: from 4,097 classes on the second and
-# the last agree, and are above the others
+# Output: classes, the mean loss by "xla" and by "chunked_xla", and in float64 without and
+# with the padding
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -14,7 +13,7 @@ for python in python3.13 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.13*/bin/python
 done
 "$python" -m venv "$folder/env"
 "$folder/env/bin/pip" install --quiet jax==0.12.0.1 jaxlib==0.12.0.1 tokamax==0.0.17
-JAX_PLATFORMS=cpu "$folder/env/bin/python" - >"$folder/found" 2>"$folder/log" <<'PYTHON' ||
+JAX_PLATFORMS=cpu "$folder/env/bin/python" - >"$folder/found" <<'PYTHON'
 import jax.numpy as jnp
 import numpy as np
 import tokamax
@@ -43,7 +42,6 @@ for classes in 4096, 4097, 50257:
     found += [exact(logits, labels), exact(padded, labels)]
     print(classes, *(f"{loss:.2f}" for loss in found))
 PYTHON
-    { cat "$folder/log" && exit 1; }
 cat "$folder/found"
 diff "$folder/found" - <<'EXPECTED'
 4096 8.79 8.79 8.79 8.79

@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
-# PyTorch 2.13.0: `linear_cross_entropy` with `allow_retain_graph=True` gives a wrong second
-# derivative of the squared loss and raises nothing: the curvature of the loss is missing.
-# Its documentation says that higher-order derivatives are unsupported. Without that option
-# they raise an error.
-# The program: f(x) = loss(x)^2 of one logit difference, x = 0, where the loss is log 2, its
-# derivative 1/2 and its second derivative 1/4
-# Output: the options, then f''(0), which is 1/2 + log(2) / 2 = 0.8466
+# PyTorch 2.13.0: with the option `allow_retain_graph=True` the second derivative of the
+# square of `linear_cross_entropy` is wrong: the second derivative of the loss is taken
+# as zero, and nothing is raised. The documentation calls higher orders unsupported;
+# without the option they raise an error.
+# The loss is log(1 + exp(x)) at x = 0: log 2, with the derivatives 1/2 and 1/4.
+# Output: the options, and the second derivative of its square, 1/2 + log(2) / 2 = 0.8466
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
