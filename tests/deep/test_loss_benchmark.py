@@ -230,7 +230,7 @@ def test_of_an_array_that_an_inner_fusion_slices_only_the_slice_is_read():
     assert found.bytes == 4 * (8 * 64 + 64 * 16 + 8 * 16 + 1)
 
 
-ALONE = """HloModule alone, num_partitions=1
+ALONE = """HloModule sliced, num_partitions=1
 
 ENTRY %main (w: f32[64,1024], v: f32[64,16], at: s32[]) -> f32[64,1024] {
   %w = f32[64,1024]{1,0} parameter(0)
