@@ -88,6 +88,24 @@ def test_any_number_of_leading_axes_and_rows_that_no_block_divides(leading, redu
         assert relative(gradient, of_float64) <= 1e-6
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(("rows", "features"), [(0, 8), (3, 0), (0, 0)])
+def test_neither_rows_nor_features_are_needed(rows, features, reduction, dtype):
+    h, weight = jnp.ones((rows, 2, features)), jnp.ones((5, features))
+    labels = jnp.zeros((rows, 2), int)
+
+    def loss(h, weight, bias):
+        options = {"reduction": reduction, "dtype": dtype, "label_smoothing": 0.1}
+        return linear_cross_entropy(h, weight, labels, bias, **options)
+
+    found, gradients = loss_and_gradients(loss, h, weight, jnp.zeros(5))
+    tokens = min(2 * rows, 1) if reduction == "mean" else 2 * rows
+    np.testing.assert_allclose(found, tokens * np.log(5), rtol=1e-6)
+    expected = tokens * np.array([0.2 - 0.92, *[0.2 - 0.02] * 4])
+    np.testing.assert_allclose(gradients[2], expected, atol=1e-6)
+
+
 def test_float64_is_computed_in_float64():
     with jax.enable_x64(True):
         h, weight, labels, bias, _ = problem(1200, dtype="float64")
@@ -189,6 +207,22 @@ def test_second_derivatives_stay_in_the_range_of_float16(reduction, order):
 
     for found, expected in zip(second(ours), second(with_logits), strict=True):
         assert relative(found, expected) <= 2 * jnp.finfo("float16").eps
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("scale", [1e-35, 1e30])
+def test_cotangents_of_any_size_have_finite_gradients_in_float16(reduction, scale):
+    h, weight, labels, _, _ = problem(40)
+    weights = jnp.full(labels.shape, scale)
+
+    def loss(h, weight):
+        options = {"weights": weights, "reduction": reduction, "dtype": "float16"}
+        return linear_cross_entropy(h, weight, labels, **options)
+
+    _, gradients = loss_and_gradients(loss, h, weight)
+    expected = exact_loss_gradients(h, weight, labels, reduction="sum")
+    for gradient, of_float64 in zip(gradients, expected, strict=False):
+        assert relative(gradient / scale, of_float64) <= 2e-3
 
 
 # Labels and weights.

@@ -3,6 +3,7 @@
 The gradient is computed in the forward pass, where the logits are: three products.
 """
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -79,7 +80,8 @@ def _total_forward(h, weight, bias, labels, weights, spec):
 
 
 def _over_rows(spec, wanted, X, W, B, rows):
-    flat = X.reshape(-1, X.shape[-1]), *(a.reshape(-1) for a in rows)
+    count = math.prod(X.shape[:-1])  # -1 has no meaning where there are no features.
+    flat = X.reshape(count, X.shape[-1]), *(a.reshape(count) for a in rows)
     walk_over_rows = partial(_walk_over_rows, spec, wanted)
     losses, gradients = in_blocks_of_the_platform(
         *(walk_over_rows, X.shape[-1], W, B), *flat

@@ -73,7 +73,7 @@ def checked_loss(
         soft_cap=None if soft_cap is None else _checked_soft_cap(soft_cap),
         dtype=dtype,
         products=products,
-        axes=_checked_axes(axis_name),
+        axes=_checked_axes(axis_name, arrays["weight"]),
     )
 
 
@@ -158,13 +158,15 @@ def _checked_soft_cap(value):
     return number
 
 
-def _checked_axes(value):
+def _checked_axes(value, weight):
     names = () if value is None else (value,) if isinstance(value, str) else value
     if not isinstance(names, tuple) or not all(isinstance(n, str) for n in names):
         raise TypeError(
             "`axis_name` must be the name of an axis of `jax.shard_map`, a tuple of"
             f" names, or None, got {_text(value)}"
         )
+    if len({*names}) < len(names):  # XLA would end the process.
+        raise ValueError(f"`axis_name` must name each axis once, got {names}")
     for name in names:
         try:
             jax.lax.axis_size(name)
@@ -173,6 +175,13 @@ def _checked_axes(value):
                 "`axis_name` must be an axis of the `jax.shard_map` around the call,"
                 f" got {name!r}"
             ) from None
+    # Otherwise JAX differentiates a sum over devices by another rule than the loss.
+    missing = {*names} - jax.typeof(weight).manual_axis_type.varying
+    if missing:
+        raise ValueError(
+            "`axis_name` must be an axis over which a `jax.shard_map` with"
+            f" `check_vma=True` splits `weight`, got {min(missing)!r}"
+        )
     return names
 
 

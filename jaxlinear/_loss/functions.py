@@ -93,17 +93,17 @@ def linear_cross_entropy(
       precision: precision of the products, as there.
       products: overrides both for one product at a time, as there, without 8 bits and
         without ``preferred_element_type``.
-      axis_name: inside :func:`jax.shard_map`, the axis or axes of the mesh over which
-        the classes are split. ``weight`` and ``bias`` are then a device's part, and
-        ``labels`` are numbers of the whole.
+      axis_name: inside :func:`jax.shard_map` with ``check_vma=True``, its default, the
+        axis or axes of the mesh over which the classes are split. ``weight`` and
+        ``bias`` are then a device's part, and ``labels`` are numbers of the whole.
 
     Returns:
       The loss, in float32 (float64 for operands in float64): a scalar, or (*) for
       ``"none"``.
 
     Raises:
-      ValueError: if the shapes are not those above, weights are negative, or an option
-        is out of its range.
+      ValueError: if the shapes are not those above, weights are negative, an option is
+        out of its range, or ``axis_name`` does not split the weight.
       TypeError: if an argument is not an array, labels are not integers, or a dtype is
         not one of those above.
 

@@ -192,9 +192,9 @@ def scale_for_float16(g):
     The gradient of a large vocabulary is smaller than what float16 has: its largest
     value becomes nearly the largest of that dtype.
     """
-    largest = jnp.max(jnp.abs(g.log_sum_exp)) + jnp.max(jnp.abs(g.label))
-    if g.total is not None:
-        largest += jnp.max(jnp.abs(g.total))
-    is_usual = jnp.isfinite(largest) & (largest > 0)
-    power_of_two = lax.reduce_precision(largest, exponent_bits=8, mantissa_bits=0)
-    return jnp.where(is_usual, 2.0**14 / power_of_two, 1)
+    # With initial values, because there may be no rows.
+    largest = sum(jnp.max(jnp.abs(a), initial=0) for a in jax.tree.leaves(g))
+    # Neither the scale nor its inverse overflows.
+    bounded = jnp.maximum(largest, 2.0**-100)
+    power_of_two = lax.reduce_precision(bounded, exponent_bits=8, mantissa_bits=0)
+    return jnp.where(jnp.isfinite(largest), 2.0**14 / power_of_two, 1)

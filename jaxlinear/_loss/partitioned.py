@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.interpreters import ad, batching
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from jaxlinear._every_mode.open import OpenPrimitive
 from jaxlinear._loss.block import Gradients, with_derivatives_in_float32
@@ -50,7 +50,7 @@ class Walk(NamedTuple):
 def partitioned(walk, X, W, B, rows):
     """``walk(X, W, B, rows)``, by every device of its own rows and classes."""
     arrays, tree = jax.tree.flatten((X, W, B, rows))
-    is_manual = any(jax.typeof(a).manual_axis_type.varying for a in arrays)
+    is_manual = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
     if is_manual or walk.spec.axes:  # Inside `jax.shard_map` they are a device's.
         return walk(X, W, B, rows)
     return partitioned_p.tree(*arrays, walk=walk, tree=tree)
@@ -88,8 +88,13 @@ def _rule(arguments, found):
 
 def _partition(walk, tree, mesh, arguments, results):
     X, W, B, rows = tree.unflatten(arguments)
-    mesh = X.sharding.mesh
-    layout = Layout.of(_split(X), _split(W))
+    if isinstance(X.sharding, NamedSharding):
+        mesh, layout = X.sharding.mesh, Layout.of(_split(X), _split(W))
+    else:
+        # JAX knows no mesh if only `jax.set_mesh` names it: no argument of the program
+        # is on several devices. Each of them computes all.
+        mesh = Mesh([*X.sharding.device_set], "devices")
+        layout = Layout.of([None] * len(X.shape), [None] * 2)
     of_each = Gradients(layout.of_h, layout.of_weight, layout.of_bias)
 
     def of_device(*arrays):

@@ -75,6 +75,21 @@ def test_shardings_are_found_where_no_mesh_is_set():
     check_equal(found, step("mean")(*problem(CLASSES, (4, 24))))
 
 
+@pytest.mark.parametrize("constraint", [None, P("data")])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_mesh_may_be_set_where_no_array_is_on_it(constraint, reduction):
+    arrays = problem(CLASSES, (4, 24))
+
+    def constrained(h, *others):
+        if constraint is not None:
+            h = jax.lax.with_sharding_constraint(h, constraint)
+        return step(reduction)(h, *others)
+
+    with jax.set_mesh(mesh_of(AxisType.Auto)):
+        found = jax.jit(constrained)(*arrays)
+    check_equal(found, step(reduction)(*arrays))
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_loop_sends_three_numbers_a_row_at_most(kind, reduction):
@@ -141,3 +156,57 @@ def test_rows_inside_shard_map_are_a_devices_own():
     arrays = h, weight, labels, bias, weights
     found = jax.jit(jax.value_and_grad(whole, (0, 1, 3, 4)))(*arrays)
     check_equal(found, step("sum")(*arrays))
+
+
+@pytest.mark.parametrize("rows", [P(), P("data")], ids=["copied", "split"])
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_an_axis_may_be_manual_beside_one_that_is_not(rows, check_vma):
+    arrays = problem(CLASSES, (4, 24))
+
+    def part(*arrays):
+        value, _ = step("sum")(*arrays)
+        return value if rows == P() else jax.lax.psum(value, "data")
+
+    whole = jax.shard_map(
+        part,
+        mesh=mesh_of(AxisType.Auto),
+        in_specs=(rows, P(), rows, P(), rows),
+        out_specs=P(),
+        axis_names={"data"},
+        check_vma=check_vma,
+    )
+    value, _ = step("sum")(*arrays)
+    check_equal(jax.jit(whole)(*arrays), value)
+
+
+@pytest.mark.parametrize(
+    ("axis_name", "check_vma", "message"),
+    [
+        ("model", False, "over which a `jax.shard_map` with `check_vma=True` splits"),
+        ("data", True, "splits `weight`, got 'data'"),
+        (("model", "model"), True, "`axis_name` must name each axis once"),
+    ],
+)
+def test_axes_that_would_have_a_wrong_gradient_are_refused(
+    axis_name, check_vma, message
+):
+    h, weight, labels, *_ = problem(CLASSES, (4, 24))
+    whole = jax.shard_map(
+        lambda *arrays: linear_cross_entropy(*arrays, axis_name=axis_name),
+        mesh=mesh_of(AxisType.Auto),
+        in_specs=(P(), P("model"), P()),
+        out_specs=P(),
+        check_vma=check_vma,
+    )
+    with pytest.raises(ValueError, match=message):
+        whole(h, weight, labels)
+
+
+def test_an_axis_of_vmap_is_not_one_of_classes():
+    h, weight, labels, *_ = problem(CLASSES, (4, 24))
+    split = jax.vmap(
+        lambda weight: linear_cross_entropy(h, weight, labels, axis_name="model"),
+        axis_name="model",
+    )
+    with pytest.raises(ValueError, match="splits `weight`, got 'model'"):
+        split(weight.reshape(2, -1, weight.shape[1]))
