@@ -1,10 +1,16 @@
-"""The collectives of a compiled program, read from its text.
+"""The collectives of a compiled program, read from its text, and an option for it.
 
 Not with `jaxlinear.inspect`, which the tests of it compare with this.
 """
 
 import math
 import re
+
+import jax
+
+# The emitters of fusions that users have, where a test compares whole programs.
+IS_OLD = jax.__version_info__ < (0, 11)
+NEWER_EMITTERS = {"xla_cpu_use_fusion_emitters": True} if IS_OLD else {}
 
 BYTES = {
     "pred": 1,

@@ -296,20 +296,27 @@ def along(function, arrays, series):
     return [list(orders) for orders in zip(*derivatives, strict=True)]
 
 
+@functools.cache
+def arrays_and_derivatives(name):
+    """Arrays, their series, and what the naive formula makes of them."""
+    arrays = random_problem((6,), 4, 3, "float32")[:3]
+    series = [[jnp.cos(k * a) for k in range(1, 5)] for a in arrays]
+    program = DERIVATIVES[name](naive)
+    return arrays, series, jax.jit(lambda a, s: along(program, a, s))(arrays, series)
+
+
 @pytest.mark.parametrize("options", [IN_FLOAT32, IN_BFLOAT16])
 @pytest.mark.parametrize("name", DERIVATIVES)
 def test_a_taylor_series_of_a_derivative_is_that_of_the_naive_formula(name, options):
     if options and name in ("jvp of grad", "grad of grad"):
         pytest.xfail("JAX's jet has no rule for a barrier, which is not public")
-    arrays = random_problem((6,), 4, 3, "float32")[:3]
-    series = [[jnp.cos(k * a) for k in range(1, 5)] for a in arrays]
+    arrays, series, expected = arrays_and_derivatives(name)
 
     def layer(*a):
         return linear(*a, **options).astype("float32")
 
-    program = DERIVATIVES[name]
-    _, actual = jax.jit(lambda a, s: jet(program(layer), a, s))(arrays, series)
-    expected = jax.jit(lambda a, s: along(program(naive), a, s))(arrays, series)
+    program = DERIVATIVES[name](layer)
+    _, actual = jax.jit(lambda a, s: jet(program, a, s))(arrays, series)
     # The orders of one array beside each other.
     actual, expected = jax.tree.leaves(actual), jax.tree.leaves(expected)
     tolerance = 0.1 if options else 1e-4

@@ -53,13 +53,15 @@ def kept_bytes(function, differentiated, dtype):
         zip(ARGUMENTS, random_problem((ROWS,), IN, OUT, dtype), strict=False)
     )
 
-    def of_differentiated(some):
-        return function(**(arguments | some))
+    def kept(arguments):
+        def of_differentiated(some):
+            return function(**(arguments | some))
 
-    _, vjp = jax.vjp(
-        of_differentiated, {name: arguments[name] for name in differentiated}
-    )
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(vjp))
+        some = {name: arguments[name] for name in differentiated}
+        return jax.vjp(of_differentiated, some)[1]
+
+    leaves = jax.tree.leaves(jax.eval_shape(kept, arguments))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
 @pytest.mark.parametrize("wrapped", [jitted, scanned])

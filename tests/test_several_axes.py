@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import NEWER_EMITTERS
 from flax import linen as nn
 from flax import nnx
 from jax.sharding import AxisType
@@ -99,7 +100,7 @@ def test_weight_gradient_of_a_projection_keeps_float32_under_bfloat16_compute():
 
 
 def operations(function, *arguments):
-    text = jax.jit(function).lower(*arguments).compile().as_text()
+    text = jax.jit(function).lower(*arguments).compile(NEWER_EMITTERS).as_text()
     found = re.findall(r"^\s*(?:ROOT )?%?[\w.-]+ = \S+ ([\w-]+)\(", text, re.MULTILINE)
     free = {"bitcast", "parameter", "tuple", "get-tuple-element", "constant"}
     return sorted(name for name in found if name not in free)

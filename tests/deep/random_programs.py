@@ -6,7 +6,6 @@ the product, and whether it then has code to run it. So each case draws the neig
 
 import math
 import operator
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -19,11 +18,6 @@ import jaxlinear
 from jaxlinear import Product, Products, linear
 
 BASE_SEED, CASES_PER_PROGRAM = 0, 50
-
-# JAX 0.10 still has XLA's older emitters of fusions, which compile in a sixth of the
-# time. They come after the passes that choose the products.
-OLD_EMITTERS = {"xla_cpu_use_fusion_emitters": False}
-COMPILER_OPTIONS = OLD_EMITTERS if jax.__version_info__ < (0, 11) else {}
 
 # dtype of x, of the parameters, and ``dtype=``
 BFLOAT16 = [
@@ -337,7 +331,7 @@ def failures(cases):
     """
     runs, arriving = zip(*map(program, cases), strict=True)
 
-    @partial(jax.jit, compiler_options=COMPILER_OPTIONS)
+    @jax.jit
     def joint(arriving):
         return [run(a) for run, a in zip(runs, arriving, strict=True)]
 

@@ -54,9 +54,6 @@ LINES = {
 
 each_recipe = pytest.mark.parametrize("recipe", RECIPES)
 each_line = pytest.mark.parametrize("line", LINES)
-each_compiled = pytest.mark.parametrize(
-    "recipe", ["float32", "bfloat16", "float8", "int8", "wide gradients"]
-)
 each_dtype = pytest.mark.parametrize("x_dtype", ["float32", "bfloat16"])
 
 
@@ -88,8 +85,9 @@ def kept_by(function, *arguments):
 
 @each_recipe
 @each_dtype
-@pytest.mark.parametrize("has_bias", [True, False])
-@pytest.mark.parametrize("line", ["fenced", "unfenced"])
+@pytest.mark.parametrize(
+    ("line", "has_bias"), [("fenced", True), ("unfenced", False)], ids=str
+)
 def test_nothing_but_the_arguments_is_kept(line, has_bias, x_dtype, recipe):
     arguments = problem(x_dtype)[: 2 + has_bias]
     layer = LINES[line](layer_of(recipe))
@@ -164,8 +162,13 @@ def passes(mode, layer):
     return operations(program), jax.tree.leaves(program(*arrays))
 
 
-@each_compiled
-@pytest.mark.parametrize("mode", MODES)
+PASSES = [(mode, r) for mode in MODES for r in ("bfloat16", "float8", "int8")]
+PASSES += [
+    (mode, r) for mode in ("call", "scan") for r in ("float32", "wide gradients")
+]
+
+
+@pytest.mark.parametrize(("mode", "recipe"), PASSES)
 def test_operations_and_values_are_those_without_checkpoint(mode, recipe):
     layer = layer_of(recipe)
     (*counts, sent), values = passes(mode, layer)

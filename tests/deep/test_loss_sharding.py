@@ -1,5 +1,7 @@
 """The loss of rows, classes and features that are split over eight devices."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -48,6 +50,11 @@ def step(reduction):
     return jax.jit(jax.value_and_grad(loss, (0, 1, 3, 4)))
 
 
+@functools.cache
+def on_one_device(reduction):
+    return step(reduction)(*problem(CLASSES, (4, 24)))
+
+
 def check_equal(found, expected):
     for one, other in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
         assert relative(one, other) <= 1e-5
@@ -61,7 +68,7 @@ def test_values_and_gradients_are_those_of_one_device(kind, split, reduction):
     with jax.set_mesh(mesh):
         arrays = arrays_on(mesh, SPLITS[split])
         found = step(reduction)(*arrays)
-    check_equal(found, step(reduction)(*problem(CLASSES, (4, 24))))
+    check_equal(found, on_one_device(reduction))
     if kind is AxisType.Explicit:
         _, gradients = found
         h, weight, _, bias, weights = arrays
@@ -72,7 +79,7 @@ def test_values_and_gradients_are_those_of_one_device(kind, split, reduction):
 def test_shardings_are_found_where_no_mesh_is_set():
     arrays = arrays_on(mesh_of(AxisType.Auto), SPLITS["both"])
     found = step("mean")(*arrays)
-    check_equal(found, step("mean")(*problem(CLASSES, (4, 24))))
+    check_equal(found, on_one_device("mean"))
 
 
 @pytest.mark.parametrize("constraint", [None, P("data")])

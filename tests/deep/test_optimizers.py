@@ -66,14 +66,10 @@ def loss_of(model):
     return jnp.mean((model(X.astype(model.head.bias.dtype)) - 1) ** 2)
 
 
-@partial(jax.jit, static_argnums=0)
-def value_and_grad(graph, state):
-    return jax.value_and_grad(lambda state: loss_of(nnx.merge(graph, state)))(state)
-
-
+@partial(nnx.jit, static_argnums=2)
 def step(model, optimizer, takes_extra):
     graph, state = nnx.split(model)
-    value, gradients = value_and_grad(graph, state)
+    value, gradients = jax.value_and_grad(lambda s: loss_of(nnx.merge(graph, s)))(state)
     extra = {
         "value": value,
         "grad": nnx.as_pure(gradients),
