@@ -467,6 +467,7 @@ def test_nothing_is_kept_for_the_gradient_of_a_frozen_weight():
         ({"reduction": "avg"}, ValueError, "`reduction` must be one of 'mean'"),
         ({"label_smoothing": 1.5}, ValueError, "`label_smoothing` must be a number"),
         ({"label_smoothing": "a"}, TypeError, "`label_smoothing` must be a number"),
+        ({"label_smoothing": "0.1"}, TypeError, "`label_smoothing` must be a number"),
         ({"z_loss": -1}, ValueError, "`z_loss` must be a number of 0 or more"),
         ({"soft_cap": 0}, ValueError, "`soft_cap` must be greater than 0"),
         ({"soft_cap": np.ones(2)}, TypeError, "`soft_cap` must be a number"),

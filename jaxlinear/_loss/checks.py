@@ -140,7 +140,8 @@ def _checked_number(name, value, least, most):
         required += f" of {least} or more"
     else:
         required += f" from {least} to {most}"
-    if isinstance(value, Tracer) or not np.isscalar(np.asarray(value)[()]):
+    is_text = isinstance(value, (str, bytes))  # `float` reads "0.1".
+    if isinstance(value, Tracer) or is_text or not np.isscalar(np.asarray(value)[()]):
         raise TypeError(f"{required}, known when it is traced, got {_text(value)}")
     try:
         number = float(value)

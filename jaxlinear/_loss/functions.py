@@ -184,7 +184,7 @@ def linear_log_likelihood(
 
 
 def _run(function, arrays, options):
-    is_bare = is_plain() or is_traced_with_explicit_axes(arrays["weight"])
+    is_bare = is_plain() or any(map(is_traced_with_explicit_axes, arrays.values()))
     apply = function if is_bare else _jitted[function]
     return apply(options=options, **arrays)
 
@@ -251,9 +251,12 @@ def _counted(labels, classes, ignore_index=-1):
 
 
 def _on_devices(function, h, weight, bias, labels, weights, spec, sums=False):
-    if is_traced_with_explicit_axes(weight) and not is_plain():
-        return on_mesh(function, h, weight, bias, labels, weights, spec, sums=sums)
-    return function(h, weight, bias, labels, weights, spec)
+    arrays = h, weight, bias, labels, weights
+    on_it = [a for a in arrays if a is not None and is_traced_with_explicit_axes(a)]
+    if on_it and not is_plain():
+        mesh = jax.typeof(on_it[0]).sharding.mesh
+        return on_mesh(function, *arrays, spec, mesh, sums=sums)
+    return function(*arrays, spec)
 
 
 def _total(h, weight, bias, labels, weights, spec):

@@ -8,12 +8,11 @@ from jax.sharding import PartitionSpec as P
 from jaxlinear._loss.layout import Layout
 
 
-def on_mesh(function, h, weight, bias, labels, weights, spec, *, sums):
+def on_mesh(function, h, weight, bias, labels, weights, spec, mesh, *, sums):
     """``function`` of the arrays and ``spec``, with each device's rows and classes.
 
     Its results are split as the rows are, or with ``sums`` are summed over all devices.
     """
-    mesh = jax.typeof(weight).sharding.mesh
     layout = Layout.of(_split(h), _split(weight))
 
     def put(array, spec):

@@ -24,7 +24,7 @@ from loss_oracle import (
     unfused_logits,
     weights_of,
 )
-from random_programs import BASE_SEED, COMPILER_OPTIONS
+from random_programs import BASE_SEED
 
 from jaxlinear import Product, Products, linear_cross_entropy, linear_log_likelihood
 
@@ -634,8 +634,7 @@ def failure(case):
 
         def results(loss, is_jitted=True):
             run = program(case, loss)
-            jit = partial(jax.jit, compiler_options=COMPILER_OPTIONS)
-            return (jit(run) if is_jitted else run)(arrays)
+            return (jax.jit(run) if is_jitted else run)(arrays)
 
         try:
             found = results(fused, case.jit)

@@ -82,6 +82,18 @@ def test_shardings_are_found_where_no_mesh_is_set():
     check_equal(found, on_one_device("mean"))
 
 
+@pytest.mark.parametrize("placed", ["h", "weight", "labels", "bias", "weights"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_one_array_on_an_explicit_mesh_is_enough(placed, reduction):
+    arrays = problem(CLASSES, (4, 24))
+    k = ["h", "weight", "labels", "bias", "weights"].index(placed)
+    expected = step(reduction)(*arrays)
+    with jax.set_mesh(mesh_of(AxisType.Explicit)):
+        its_array = jax.device_put(arrays[k], P("data"))
+        found = step(reduction)(*arrays[:k], its_array, *arrays[k + 1 :])
+    check_equal(found, expected)
+
+
 @pytest.mark.parametrize("constraint", [None, P("data")])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_mesh_may_be_set_where_no_array_is_on_it(constraint, reduction):
