@@ -114,9 +114,9 @@ def test_a_sharding_is_how_the_parameters_are_created(parameters, spec):
     assert weight.sharding.is_equivalent_to(sharding, 2)
     of_bias = NamedSharding(mesh, PartitionSpec(*spec[:1]))
     assert bias.sharding.is_equivalent_to(of_bias, 1)
-    # The values do not depend on where they are created.
+    # The values do not depend on where they are created, but two programs may round.
     for placed, plain in zip((weight, bias), parameters(32, 64), strict=True):
-        np.testing.assert_array_equal(placed, plain)
+        np.testing.assert_allclose(placed, plain, rtol=0, atol=3e-8)
 
 
 def test_no_device_holds_more_than_its_shard_while_a_sharded_weight_is_created():
