@@ -50,7 +50,8 @@ def linear_cross_entropy(
         (1 - ε) (lse - z_y) + ε (lse - mean z) + ζ lse²        lse = log Σ exp z
 
     With a soft cap c, z is c tanh((h Wᵀ + B) / c). A token whose label is
-    ``ignore_index``, or none of 0 … classes - 1, has no loss and no gradient.
+    ``ignore_index``, or none of 0 … classes - 1, has no loss and no gradient, unless
+    its h is infinite or NaN: 0 times that is NaN.
 
     The logits exist for a block of tokens or of classes at a time, in float32, and so
     does their gradient. With p = softmax(z) that is, for the loss of one token without
