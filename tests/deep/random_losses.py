@@ -24,7 +24,7 @@ from loss_oracle import (
     unfused_logits,
     weights_of,
 )
-from random_programs import BASE_SEED
+from random_programs import BASE_SEED, draws
 
 from jaxlinear import Product, Products, linear_cross_entropy, linear_log_likelihood
 
@@ -85,16 +85,7 @@ class Case(NamedTuple):
 
 
 def random_case(number):
-    rng = np.random.default_rng((BASE_SEED, number))
-
-    def choice(values):
-        return values[rng.integers(len(values))]
-
-    def chance(probability):
-        return bool(rng.random() < probability)
-
-    def some_of(names, probability=0.5):
-        return [n for n in names if chance(probability)] or [choice(names)]
+    rng, choice, chance, some_of = draws(number)
 
     leading, classes, length = (math.inf,), 1, 1
     while math.prod(leading) * classes * length > 2**21:

@@ -70,7 +70,8 @@ class Case(NamedTuple):
     moving: list  # in forward mode, the arguments that have a tangent
 
 
-def random_case(number):
+def draws(number):
+    """What a case is drawn with: a generator, and three ways to choose."""
     rng = np.random.default_rng((BASE_SEED, number))
 
     def choice(values):
@@ -81,6 +82,12 @@ def random_case(number):
 
     def some_of(names, probability=0.5):
         return [n for n in names if chance(probability)] or [choice(names)]
+
+    return rng, choice, chance, some_of
+
+
+def random_case(number):
+    rng, choice, chance, some_of = draws(number)
 
     def with_axis(axes, new, maps):
         place = 0 if maps[new] == "scan" else rng.integers(len(axes) + 1)
