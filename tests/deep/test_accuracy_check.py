@@ -100,8 +100,8 @@ def test_an_operand_with_the_bits_of_tensorfloat32_would_be_seen(layer, monkeypa
             x.astype("float16").astype("float32"), weight, bias, dtype
         )
 
-    layers = {layer: rounded(_accuracy._layers()[layer])}
-    monkeypatch.setattr(_accuracy, "_layers", lambda: layers)
+    layers = {layer: rounded(_accuracy.layers()[layer])}
+    monkeypatch.setattr(_accuracy, "layers", lambda: layers)
     monkeypatch.setattr(_accuracy, "DTYPES", {"float32": DTYPES["float32"]})
     monkeypatch.setattr(_accuracy, "RECIPES", {})
     unexplained = {m.quantity for m in measured() if not m.is_explained}
@@ -116,6 +116,7 @@ def test_not_a_number_is_not_explained():
 
 def run(monkeypatch, found, *arguments):
     monkeypatch.setattr(command, "measured", lambda: iter(found))
+    monkeypatch.setattr(command, "measured_losses", lambda: iter([]))
     monkeypatch.setattr(sys, "argv", ["jaxlinear", *arguments])
     return command.main()
 

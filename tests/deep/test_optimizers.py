@@ -50,7 +50,9 @@ class Model(nnx.Module):
         self.stack = stack(rngs)
         self.norm = nnx.LayerNorm(WIDTH, **options)
         self.square = nnx.Linear(WIDTH, WIDTH, **options)
-        self.adapted = nnx.LoRALinear(WIDTH, 2 * WIDTH, lora_rank=2, **options)
+        self.adapted = nnx.LoRALinear(
+            WIDTH, 2 * WIDTH, lora_rank=2, lora_param_dtype=dtype, **options
+        )
         self.head = nnx.Linear(2 * WIDTH, 3, **options)
 
     def __call__(self, x):
