@@ -11,13 +11,12 @@ come, and to plots. The last workload, "GPT step", is a training step of a whole
 """
 
 import argparse
-import os
 import pathlib
 
 import jax
 from rich.console import Console
 
-from benchmarks import plots, report, results_file
+from benchmarks import plots, pytorch, report, results_file
 from benchmarks.ceilings import ceilings
 from benchmarks.machine import describe
 from benchmarks.measure import measure
@@ -28,8 +27,6 @@ from benchmarks.workloads import DECODING, DTYPES, GROWTH, MODES, QUICK, WORKLOA
 
 
 def main():
-    # Else PyTorch's threads spin for a while after a call, and slow the next library.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     parser = option_parser()
     options = parser.parse_args()
     cells = chosen_cells(options)
@@ -42,6 +39,8 @@ def main():
         parser.error(f"argument --device: {str(error).splitlines()[0]}")
     seconds = 0.02 if options.quick else 0.2  # for each program, in rounds
     now = describe(device) | {"seconds": seconds}
+    if pytorch.is_timed(device, "float32"):
+        now["PyTorch"] = pytorch.described()
     try:
         options.output.mkdir(parents=True, exist_ok=True)
         document = results_file.started(path, now, options.resume)
@@ -56,6 +55,8 @@ def main():
         fill(document, remaining(cells, document), device, path, console)
     for table in report.tables(document):
         console.print(table)
+    for doubt in results_file.doubts(results_file.rows_of(document)):
+        console.print(f"[red]Something is wrong with this run:[/] {doubt}.")
     for written in [path, *plots.draw(document, options.output)]:
         console.print(f"written: {written}")
     if options.compare is not None:

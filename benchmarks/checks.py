@@ -81,8 +81,6 @@ def require(case, library, quantity, error, limit):
 
 
 def as_float64(result):
-    if not isinstance(result, jax.Array):  # Of PyTorch.
-        result = result.detach().float().cpu()
     return np.asarray(result, np.float64)
 
 

@@ -1,4 +1,4 @@
-"""Where and with what it ran: the processor, the versions, the commit."""
+"""Where and with what it ran: the processor, its load, the versions, the commit."""
 
 import contextlib
 import datetime
@@ -7,10 +7,21 @@ import os
 import pathlib
 import platform
 import subprocess
+import time
+
+import numpy as np
+import psutil
+
+from jaxlinear._op.cpu import NATIVE, bfloat16_form
 
 ROOT = pathlib.Path(__file__).parent.parent
 LIBRARIES = ["jax", "jaxlib", "flax", "dm-haiku", "equinox", "torch", "numpy"]
 LIBRARIES += ["optax", "tokamax"]
+NOT_BUSY = "idle", "iowait", "guest", "guest_nice"  # Guests are in other fields too.
+SETTINGS = ["XLA_FLAGS", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS"]
+SETTINGS += ["ONEDNN_MAX_CPU_ISA", "OMP_NUM_THREADS", "OMP_WAIT_POLICY"]
+"""Environment variables that restrict the instructions or the threads of a library."""
+
 FEATURES = ["avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16"]  # The last of Arm.
 
 
@@ -18,10 +29,33 @@ def describe(device):
     is_cpu = device.platform == "cpu"
     return {
         "device": f"CPU, {os.cpu_count()} cores" if is_cpu else device.device_kind,
-        "cpu": processor(),
+        "cpu": processor() | {"bfloat16 instructions": bfloat16_instructions()},
+        "settings": {n: os.environ[n] for n in SETTINGS if os.environ.get(n)},
         "versions": versions(),
         **stamp(),
     }
+
+
+class Load:
+    """What other processes use of the processor, from now on."""
+
+    def __init__(self):
+        self._start = self._times()
+
+    def _times(self):
+        """Seconds of the clock, of busy cores, and of those that are busy for us.
+
+        A core is busy as well where a hypervisor has taken it.
+        """
+        cores, own = psutil.cpu_times()._asdict(), psutil.Process()
+        busy = sum(cores.values()) - sum(cores.get(name, 0) for name in NOT_BUSY)
+        family = [p.cpu_times() for p in (own, *own.children(recursive=True))]
+        return time.perf_counter(), busy, sum(t.user + t.system for t in family)
+
+    def of_others(self):
+        """Cores that others used, on average."""
+        clock, busy, own = np.subtract(self._times(), self._start)
+        return max(0.0, float((busy - own) / clock))
 
 
 def stamp():
@@ -46,9 +80,19 @@ def kind(document):
 
 
 def place(document):
-    """The machine of a document, in words."""
+    """The machine of a document, in words, and how it was restricted."""
     cores = document["device"].removeprefix("CPU, ")
-    return f"{kind(document)} ({document['cpu']['model']}), {cores}"
+    model = document["cpu"]["model"]
+    settings = document.get("settings", {})  # Older files do not have them.
+    if settings:
+        found = " ".join(f"{name}={value}" for name, value in settings.items())
+        model += f", restricted by `{found}`"
+    return f"{kind(document)} ({model}), {cores}"
+
+
+def bfloat16_instructions():
+    """Whether XLA compiles for a CPU that has them; it may be told not to use them."""
+    return "yes" if bfloat16_form() == NATIVE else "no"
 
 
 def versions():
@@ -66,17 +110,12 @@ def processor(file=pathlib.Path("/proc/cpuinfo")):
     """
     if not file.exists():
         model = platform.processor() or platform.machine()
-        return {"model": model, "features": None, "bfloat16 instructions": None}
+        return {"model": model, "features": None}
     lines = (line.partition(":") for line in file.read_text().splitlines())
     fields = {name.strip(): value.strip() for name, _, value in lines}
     flags = fields.get("flags", fields.get("Features", "")).split()
     features = [name for name in FEATURES if name in flags]
-    is_native = any(name.endswith("bf16") for name in features)
-    return {
-        "model": fields.get("model name", platform.machine()),
-        "features": features,
-        "bfloat16 instructions": "yes" if is_native else "no",
-    }
+    return {"model": fields.get("model name", platform.machine()), "features": features}
 
 
 def git_state(folder):

@@ -4,16 +4,13 @@ from functools import partial
 
 import jax
 
+from benchmarks import pytorch
+from benchmarks.ceilings import copy_speed
 from benchmarks.checks import checked_errors
+from benchmarks.machine import Load
 from benchmarks.model import GPT, model_programs
-from benchmarks.peers import (
-    TRANSPOSED,
-    jax_peers,
-    parameters_of,
-    pytorch_programs,
-    pytorch_runs,
-)
-from benchmarks.results_file import OURS, Row, figures
+from benchmarks.peers import TRANSPOSED, jax_peers, parameters_of
+from benchmarks.results_file import AGAIN, NAIVE, OURS, Row, figures
 from benchmarks.timing import compiled, interleaved
 from benchmarks.workloads import (
     DTYPES,
@@ -60,9 +57,11 @@ def timed(workload, dtype, mode, checked, seconds, limits):
     compute_dtype = DTYPES[dtype][0]
     limit = max(
         flops / limits[compute_dtype]["flops_per_s"],
-        least_bytes / limits["copy"]["bytes_per_s"],
+        least_bytes / copy_speed(limits, least_bytes),
     )
+    load = Load()
     samples = interleaved(programs, seconds)
+    others_cores = load.of_others()
     rows = []
     for name, program in programs.items():
         found = figures(samples, name)
@@ -85,6 +84,7 @@ def timed(workload, dtype, mode, checked, seconds, limits):
             kept_bytes=program.kept_bytes,
             compile_s=program.compile_s,
             loss=program.loss,
+            others_cores=others_cores,
             **found,
         )
         rows.append(row)
@@ -97,15 +97,15 @@ def programs_of(workload, mode, arrays, dtype_name, device):
     if dtype_name in RECIPES:
         layers[OURS] = partial(layers[OURS], products=RECIPES[dtype_name])
     if workload in GROWTH:  # A curve of ours and one of the naive formula.
-        layers = {name: layers[name] for name in ("jaxlinear", "naive formula")}
+        layers = {name: layers[name] for name in (OURS, NAIVE, AGAIN)}
     programs = {}
     for name, layer in layers.items():
         apply = partial(layer, dtype=dtype)
         parameters = parameters_of(name, weight, bias)
         programs[name] = compiled(results_of(mode, apply), (parameters, x, cotangent))
         programs[name].kept_bytes = kept_bytes(apply, parameters, x)
-    if workload not in GROWTH and pytorch_runs(device, dtype):
-        programs["PyTorch"] = pytorch_programs(arrays, dtype, device)[mode]
+    if workload not in GROWTH and pytorch.is_timed(device, dtype):
+        programs["PyTorch"] = pytorch.layer(arrays, dtype, device)[mode]
     return programs
 
 

@@ -18,11 +18,11 @@ from benchmarks.checks import (
     roundoff,
 )
 from benchmarks.peers import TRANSPOSED, jax_peers, parameters_of
-from benchmarks.results_file import OURS
+from benchmarks.results_file import AGAIN, NAIVE, OURS
 from benchmarks.timing import compiled
 from jaxlinear import linear_cross_entropy
 
-OTHERS = ["naive formula", "Flax NNX", "Equinox"]
+OTHERS = [NAIVE, AGAIN, "Flax NNX", "Equinox"]
 WITH_LOSS = "jaxlinear, with its loss"
 LEARNING_RATE = 1e-3
 
@@ -75,7 +75,7 @@ def model_programs(gpt, dtype_name, compute_dtype, device):
     tokens = jax.device_put(tokens.astype(np.int32), device)
     layers, programs, errors = jax_peers(), {}, {}
     with jax.default_matmul_precision("highest"):
-        loss = loss_of(gpt, layers["naive formula"], "float32")
+        loss = loss_of(gpt, layers[NAIVE], "float32")
         results = jax.jit(jax.value_and_grad(loss))(initial(gpt), tokens)
         exact = by_kind(results, False)
     limit = bound(gpt, compute_dtype, device.platform)
@@ -116,7 +116,7 @@ def sgd(loss):
     return step
 
 
-def initial(gpt, library="naive formula"):
+def initial(gpt, library=NAIVE):
     """The parameters: {"linear", "other"}."""
     generator = np.random.default_rng(1)
 

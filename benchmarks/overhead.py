@@ -8,6 +8,7 @@ import numpy as np
 
 import jaxlinear
 from benchmarks.peers import is_installed
+from benchmarks.results_file import OURS
 from benchmarks.timing import eager, interleaved
 
 LAYERS, FEATURES = 24, 64
@@ -21,7 +22,7 @@ def dispatch(seconds):
     def program(layer):
         return eager(lambda: jax.block_until_ready(layer(x, weight, bias)))
 
-    programs = {"jaxlinear": program(jaxlinear.linear), "jitted naive": program(naive)}
+    programs = {OURS: program(jaxlinear.linear), "jitted naive": program(naive)}
     samples = interleaved(programs, seconds)
     return {name: float(np.median(s)) for name, s in samples.items()}
 
@@ -34,9 +35,9 @@ def deep_model(rounds):
 
     from jaxlinear.nnx import Linear
 
-    spent = {"jaxlinear": [], "Flax NNX": []}
+    spent = {OURS: [], "Flax NNX": []}
     for _ in range(rounds):
-        for name, layer in {"jaxlinear": Linear, "Flax NNX": nnx.Linear}.items():
+        for name, layer in {OURS: Linear, "Flax NNX": nnx.Linear}.items():
             spent[name].append(_trace_and_compile(nnx, layer))
     return {
         name: dict(zip(["trace_s", "compile_s"], np.median(s, axis=0), strict=True))

@@ -19,12 +19,14 @@ import collections
 import difflib
 import json
 
+import numpy as np
+
 from benchmarks import loss, plots, results_file
 from benchmarks.aot import kept, study
 from benchmarks.machine import ROOT, kind, place, stamped
 from benchmarks.model import GPT_STEP
 from benchmarks.report import geometric_mean, megabytes
-from benchmarks.results_file import OURS, rows_of
+from benchmarks.results_file import AGAIN, NAIVE, OURS, doubts, rows_of
 from jaxlinear.inspect._table import table
 
 DOCS = ROOT / "docs"
@@ -34,9 +36,9 @@ TRANSFORMATIONS = DOCS / "transformations.md"
 TIMED = "native.json", "plain.json"
 
 COLUMNS = {
-    "naive, float32": ("naive formula", "float32"),
-    "naive, bfloat16": ("naive formula", "bfloat16"),
-    "naive, mixed": ("naive formula", "mixed"),
+    "naive, float32": (NAIVE, "float32"),
+    "naive, bfloat16": (NAIVE, "bfloat16"),
+    "naive, mixed": (NAIVE, "mixed"),
     "Flax NNX, bfloat16": ("Flax NNX", "bfloat16"),
     "Flax NNX, mixed": ("Flax NNX", "mixed"),
     "PyTorch, float32": ("PyTorch", "float32"),
@@ -183,11 +185,27 @@ def age(document):
 
 
 def caption(document):
-    """Where and when it was measured."""
-    return (
+    """Where and when it was measured, and what says how well."""
+    rows = rows_of(document)
+    text = (
         f"{place(document)}, JAX {document['versions']['jax']}, measured"
-        f" {stamped(document)}{age(document)}:"
+        f" {stamped(document)}{age(document)}"
     )
+    if peer := document.get("PyTorch"):
+        text += (
+            f". PyTorch {document['versions']['torch']} has {peer['threads']} threads;"
+            f" its libraries choose {peer['float32']} in float32 and"
+            f" {peer['bfloat16']} in bfloat16"
+        )
+    if beside := [row.ratio for row in rows if row.library == AGAIN]:
+        text += (
+            f". The naive formula beside itself: {min(beside):.2f} to {max(beside):.2f}"
+        )
+    if loads := [r.others_cores for r in rows if r.others_cores is not None]:
+        text += f". Other processes used {np.median(loads):.2f} cores"
+    if found := doubts(rows):
+        text += f". **Wrong with this run: {'; '.join(found)}**"
+    return f"{text}:"
 
 
 def steps(document):
@@ -257,6 +275,7 @@ def decoding(document):
 def model(document):
     """The training step of a whole model, if it was measured."""
     rows = [row for row in rows_of(document) if row.workload == GPT_STEP.name]
+    rows = [row for row in rows if row.library != AGAIN]
     if not rows:
         return []
     heading = [GPT_STEP.name, "ms", "/ ours", "compile s", "peak MB", "temporaries MB"]

@@ -2,7 +2,7 @@
 
 A peer is a function of its parameters, a weight and perhaps a bias, of x, the compute
 dtype and, where devices share the result, its sharding. The weight is (out, in), or
-(in, out) for the libraries in ``TRANSPOSED``. PyTorch has its own programs.
+(in, out) for the libraries in ``TRANSPOSED``. PyTorch is in ``benchmarks.pytorch``.
 """
 
 import importlib.util
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 import jaxlinear
-from benchmarks.timing import eager
+from benchmarks.results_file import AGAIN, NAIVE, OURS
 
 
 def ours(parameters, x, dtype, out_sharding=None, products=None):
@@ -93,8 +93,9 @@ def haiku(parameters, x, dtype):
 
 
 PEERS = {
-    "jaxlinear": ("jaxlinear", ours),
-    "naive formula": ("jax", naive),
+    OURS: ("jaxlinear", ours),
+    NAIVE: ("jax", naive),
+    AGAIN: ("jax", naive),
     "plain custom_vjp": ("jax", plain_custom_vjp),
     "Flax NNX": ("flax", flax_nnx),
     "Flax Linen": ("flax", flax_linen),
@@ -119,71 +120,3 @@ def jax_peers():
 def parameters_of(name, weight, bias):
     """The parameters of a peer, from a weight (out, in)."""
     return (weight.T if name in TRANSPOSED else weight), bias
-
-
-# PyTorch, eager.
-
-
-def pytorch_runs(device, dtype):
-    """Whether PyTorch is here and worth the wait.
-
-    On CPU it takes a second for what takes the others a fiftieth in float16.
-    """
-    too_slow = device.platform == "cpu" and dtype == "float16"
-    return is_installed("torch") and device.platform in ("cpu", "gpu") and not too_slow
-
-
-def pytorch_tensor(array, device):
-    """A NumPy array, of bfloat16 too, on PyTorch's name for a JAX device."""
-    import torch
-
-    place = "cuda" if device.platform == "gpu" else "cpu"
-    wide = torch.from_numpy(array.astype("float32"))  # It reads no bfloat16.
-    return wide.to(place, getattr(torch, jnp.dtype(array.dtype).name))
-
-
-def pytorch_program(call, device):
-    """A program whose results are waited for on the device."""
-    import torch
-
-    return (
-        eager(call, torch.cuda.synchronize) if device.platform == "gpu" else eager(call)
-    )
-
-
-def pytorch_programs(arrays, dtype, device):
-    """The layer in eager PyTorch, mode by mode; the gradients without the forward."""
-    import torch
-    from torch.nn.functional import linear
-
-    tensors = (pytorch_tensor(array, device).requires_grad_() for array in arrays)
-    x, weight, bias, cotangent = tensors
-    compute_dtype = getattr(torch, dtype)
-    mixed = weight.dtype != compute_dtype
-
-    def forward():
-        with torch.autocast(x.device.type, compute_dtype, enabled=mixed):
-            return linear(x, weight, bias)
-
-    kept = forward()
-
-    def gradient(of):
-        grads = torch.autograd.grad(kept, of, cotangent, retain_graph=True)
-        return list(grads)
-
-    def without_graph():
-        with torch.no_grad():
-            return [forward()]
-
-    def step():
-        Y = forward()
-        return [Y, *torch.autograd.grad(Y, (x, weight, bias), cotangent)]
-
-    calls = {
-        "forward": without_graph,
-        "input gradient": lambda: gradient(x),
-        "weight gradient": lambda: gradient(weight),
-        "bias gradient": lambda: gradient(bias),
-        "step": step,
-    }
-    return {mode: pytorch_program(call, device) for mode, call in calls.items()}

@@ -3,7 +3,7 @@
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.results_file import rows_of
+from benchmarks.results_file import AGAIN, NAIVE, OURS, rows_of
 
 
 def draw(document, folder, prefix=""):
@@ -35,7 +35,8 @@ def ratio(rows, document):
     """Time of each library over ours, a panel for each dtype; above one we lead."""
     dtypes = list(dict.fromkeys(row.dtype for row in rows))
     workloads = list(dict.fromkeys(row.workload for row in rows))
-    libraries = list(dict.fromkeys(row.library for row in rows))[1:]
+    libraries = dict.fromkeys(row.library for row in rows)
+    libraries = [name for name in libraries if name not in (OURS, AGAIN)]
     figure = Figure(
         (4 * len(dtypes) + 2, 0.55 * len(workloads) + 1.8), layout="constrained"
     )
@@ -78,8 +79,8 @@ def roofline(rows, document):
     """Achieved FLOP/s of our step against its FLOPs per byte, under the ceilings."""
     figure = Figure((7, 4.5), layout="constrained")
     ax = figure.subplots()
-    copy = document["ceilings"]["copy"]["bytes_per_s"]
-    ours = [row for row in rows if row.library == "jaxlinear"]
+    copy = document["ceilings"]["copy"]["bytes_per_s"][-1]
+    ours = [row for row in rows if row.library == OURS]
     for k, dtype in enumerate(dict.fromkeys(row.dtype for row in ours)):
         chosen = [row for row in ours if row.dtype == dtype]
         intensity = np.array([row.flops_per_s / row.bytes_per_s for row in chosen])
@@ -105,7 +106,7 @@ def cost(rows, document):
     figure = Figure((9, 4), layout="constrained")
     time_ax, memory_ax = figure.subplots(1, 2)
     for k, dtype in enumerate(dict.fromkeys(row.dtype for row in rows)):
-        for library, style in {"jaxlinear": "o-", "naive formula": "o:"}.items():
+        for library, style in {OURS: "o-", NAIVE: "o:"}.items():
             chosen = [r for r in rows if r.dtype == dtype and r.library == library]
             x = np.array([row.rows for row in chosen])
             label = f"{dtype}, {library}"

@@ -3,7 +3,7 @@
 import numpy as np
 from rich.table import Table
 
-from benchmarks.results_file import OURS, rows_of
+from benchmarks.results_file import NAIVE, OURS, rows_of
 from benchmarks.workloads import DTYPES, MODES, RECIPES
 
 
@@ -116,7 +116,7 @@ def regressions(old, new):
     table = _table("regressions", "workload", headings)
     for row in rows_of(new):
         was = before.get((row.cell, row.library))
-        if was is None or row.library != "naive formula":
+        if was is None or row.library != NAIVE:
             continue
         if row.ratio < 0.95 * was.ratio and row.ratio_high < was.ratio_low:
             table.add_row(*row.cell, f"{was.ratio:.2f}", f"{row.ratio:.2f}")

@@ -9,7 +9,15 @@ import numpy as np
 from jaxlinear.inspect._json import as_json
 
 OURS = "jaxlinear"
-MUST_AGREE = "device", "cpu", "versions", "commit", "seconds"
+NAIVE = "naive formula"
+AGAIN = "naive formula / itself"
+"""Compiled and timed once more: its ratio to ``NAIVE`` shows what the clock adds."""
+
+QUIET_CORES = 0.1
+FAIR = 0.02
+"""What the naive formula may be off beside itself."""
+
+MUST_AGREE = "device", "cpu", "settings", "versions", "commit", "seconds"
 """What a run must have in common with the file that it goes on with."""
 
 
@@ -17,7 +25,8 @@ MUST_AGREE = "device", "cpu", "versions", "commit", "seconds"
 class Row:
     """One library at one workload, dtype and mode.
 
-    Times are in seconds, as quartiles of the rounds, with the ratio to ours in a round.
+    Times are in seconds, as quartiles of the rounds, with the ratio to ours in a round,
+    but of ``AGAIN`` to ``NAIVE``.
     """
 
     workload: str
@@ -44,7 +53,10 @@ class Row:
     compile_s: float | None
     temporary_bytes: int | None
     kept_bytes: int | None  # From the forward to the backward pass.
-    loss: float | None = None  # Of a model's step. Older files do not have it.
+    loss: float | None = None  # Of a model's step.
+    others_cores: float | None = None  # What other processes used meanwhile.
+
+    # Older files do not have the last two.
 
     @property
     def cell(self):
@@ -58,11 +70,11 @@ def rows_of(document):
 def figures(samples, library):
     """The fields of a row that come from the rounds of an interleaved measurement.
 
-    A slow library has fewer rounds than ours: it is compared in those that they share.
+    A slow library has fewer rounds: two are compared in those that they share.
     """
-    times, ours = samples[library], samples[OURS]
-    shared = min(len(times), len(ours))
-    ratios = times[:shared] / ours[:shared]
+    times, base = samples[library], samples[NAIVE if library == AGAIN else OURS]
+    shared = min(len(times), len(base))
+    ratios = times[:shared] / base[:shared]
     low, median, high = map(float, np.quantile(times, [0.25, 0.5, 0.75]))
     ratio_low, ratio, ratio_high = map(float, np.quantile(ratios, [0.25, 0.5, 0.75]))
     return {
@@ -74,6 +86,30 @@ def figures(samples, library):
         "ratio": ratio,
         "ratio_high": ratio_high,
     }
+
+
+def doubts(rows):
+    """What is wrong with a run, in words: nothing if it is good.
+
+    Other processes, results faster than the fastest product and copy, and the naive
+    formula beside itself.
+    """
+    found = []
+    loaded = [r.others_cores for r in rows if (r.others_cores or 0) > QUIET_CORES]
+    if loaded:
+        cells = f"{len(loaded)} of {len(rows)} rows"
+        found.append(f"other processes used up to {max(loaded):.1f} cores in {cells}")
+    beyond = [row.share_of_limit for row in rows if row.share_of_limit > 1]
+    if beyond:
+        most = f"{max(beyond):.0%} of the limit of this machine"
+        found.append(f"{len(beyond)} rows reach more than 100 %, up to {most}")
+    beside = [row.ratio for row in rows if row.library == AGAIN]
+    far = [ratio for ratio in beside if abs(ratio - 1) > FAIR]
+    if far:
+        cells = f"{len(far)} of {len(beside)} cells"
+        range_ = f"{min(far):.2f} to {max(far):.2f}"
+        found.append(f"the naive formula takes {range_} of its own time in {cells}")
+    return found
 
 
 def read(path):

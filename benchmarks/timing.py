@@ -1,6 +1,7 @@
-"""How it is timed: compiled ahead, interleaved, and blocked on inside the clock."""
+"""How it is timed: compiled ahead, in shuffled rounds, blocked on inside the clock."""
 
 import dataclasses
+import random
 import time
 from collections.abc import Callable
 
@@ -12,15 +13,21 @@ SAMPLE_SECONDS = 2e-3
 """A sample that is shorter than this consists of several calls."""
 
 MIN_ROUNDS = 15
+MAX_BUDGETS = 15
+"""As many times as ``seconds`` a program is timed where the rounds differ much."""
+
+PRECISION = 0.004
+"""The standard error of a median ratio that ends the rounds."""
+
 FAR = 4
 
 
 @dataclasses.dataclass
 class Program:
-    """``call()`` returns the results, ``run(n)`` computes them n times and waits."""
+    """``call()`` returns the results, ``seconds(n)`` what n calls take by its clock."""
 
     call: Callable
-    run: Callable
+    seconds: Callable[[int], float]
     compile_s: float | None = None
     peak_bytes: int | None = None
     temporary_bytes: int | None = None
@@ -44,22 +51,30 @@ def compiled(function, arguments):
         return jax.block_until_ready(jitted(*arguments))
 
     on_device = jax.tree.leaves(arguments)[0].device.platform != "cpu"
-    run = repeated_on_device(function, arguments) if on_device else _one_by_one(call)
-    return Program(call, run, compile_s, peak, temporaries)
+    seconds = repeated_on_device(function, arguments) if on_device else wall_clock(call)
+    return Program(call, seconds, compile_s, peak, temporaries)
 
 
-def eager(call, wait=lambda: None):
-    """A program that runs as it is called; ``wait`` blocks where ``call`` does not."""
-    return Program(call, _one_by_one(call, wait))
+def eager(call):
+    """A program that runs as it is called."""
+    return Program(call, wall_clock(call))
 
 
-def _one_by_one(call, wait=lambda: None):
-    def run(times):
+def wall_clock(call):
+    """The seconds of some calls, after a quarter as many that are not counted.
+
+    Those bring the arguments into the caches, and wake the threads.
+    """
+
+    def seconds(times):
+        for _ in range(times // 4):
+            call()
+        start = time.perf_counter()
         for _ in range(times):
             call()
-        wait()
+        return time.perf_counter() - start
 
-    return run
+    return seconds
 
 
 def repeated_on_device(function, arguments):
@@ -83,43 +98,58 @@ def repeated_on_device(function, arguments):
 def interleaved(programs, seconds):
     """Seconds of a call of each program in each round: {name: array (rounds,)}.
 
-    The rounds go on for about ``seconds`` per program, and on to ``MIN_ROUNDS`` where a
-    sample takes no longer than that. In each round every program is timed once, so that
-    what slows the machine down for a while slows all of them; and each comes first in
-    turn, because some leave threads behind that slow the next one. A program that is
-    ``FAR`` slower than the typical one, and takes longer than ``seconds``, is timed in
-    the first round only: the others would wait for it.
+    In each round every program is timed once, so that what slows the machine down for a
+    while slows all of them, and in an order that is drawn anew, because some slow the
+    one that follows. The rounds go on for about ``seconds`` per program, and on until
+    the medians are known (see ``is_worth_a_round``). A program that is ``FAR`` slower
+    than the typical one, and takes longer than ``seconds``, is timed in the first round
+    only: the others would wait for it.
     """
     spent = {name: warm_call(program, seconds) for name, program in programs.items()}
     times = {name: max(1, round(SAMPLE_SECONDS / s)) for name, s in spent.items()}
     far = max(seconds, FAR * float(np.median([*spent.values()])))
     samples = {name: [] for name in programs}
-    names, rounds, total, budget = [*programs], 0, 0.0, seconds * len(programs)
-    while not rounds or is_worth_a_round(rounds, total, budget):
-        first = rounds % len(names)
-        for name in names[first:] + names[:first]:
+    names, total, budget = [*programs], 0.0, seconds * len(programs)
+    order = random.Random(0)
+    while not total or is_worth_a_round([samples[n] for n in names], total, budget):
+        for name in order.sample(names, len(names)):
             start = time.perf_counter()
-            programs[name].run(times[name])
-            elapsed = time.perf_counter() - start
-            samples[name].append(elapsed / times[name])
-            total += elapsed if spent[name] <= far else 0
+            samples[name].append(programs[name].seconds(times[name]) / times[name])
+            total += time.perf_counter() - start if spent[name] <= far else 0
         names = [name for name in names if spent[name] <= far]
-        rounds += 1
     return {name: np.array(s) for name, s in samples.items()}
 
 
-def is_worth_a_round(rounds, total, budget):
-    next_total = total + total / rounds
-    return total < budget or (rounds < MIN_ROUNDS and next_total <= MIN_ROUNDS * budget)
+def is_worth_a_round(samples, total, budget):
+    """Whether the rounds go on, after the ``samples`` of each program in ``total`` s.
+
+    They do for ``budget``, and longer where ``MIN_ROUNDS`` are not reached or a median
+    ratio to the first program is not known to ``PRECISION``, but not for more than
+    ``MAX_BUDGETS``.
+    """
+    rounds = len(samples[0])
+    if total < budget:
+        return True
+    if total * (1 + 1 / rounds) > MAX_BUDGETS * budget:
+        return False
+    return rounds < MIN_ROUNDS or standard_error(samples) > PRECISION
+
+
+def standard_error(samples):
+    """The largest, relative, of the median ratios to the first program."""
+    logarithms = np.log(samples)
+    ratios = logarithms[1:] - logarithms[0]
+    low, high = np.quantile(ratios, [0.25, 0.75], axis=-1)
+    # Of a normal distribution, by its quartiles.
+    deviations = (high - low) / 1.349
+    return float(np.max(1.2533 * deviations / ratios.shape[1] ** 0.5, initial=0.0))
 
 
 def warm_call(program, seconds):
     """The seconds of a call; a long one is not made twice for nothing."""
     spent = 0.0
     for _ in range(2):  # The first compiles on an accelerator, and warms up.
-        start = time.perf_counter()
-        program.run(1)
-        spent = time.perf_counter() - start
+        spent = program.seconds(1)
         if spent > 10 * seconds:
             break
     return spent

@@ -16,8 +16,8 @@ from benchmarks import __main__ as command
 from benchmarks import measure, model, pages, peers, plots, report, results_file
 from benchmarks.machine import processor
 from benchmarks.model import GPT, WITH_LOSS, model_programs
-from benchmarks.results_file import OURS, Row, rows_of
-from benchmarks.timing import Program, interleaved, repeated_on_device
+from benchmarks.results_file import AGAIN, OURS, Row, rows_of
+from benchmarks.timing import repeated_on_device
 from benchmarks.workloads import WORKLOADS, problem, work
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -97,7 +97,7 @@ def test_bars_of_the_ratios_start_at_one():
     bars = [bar for ax in axes for bar in ax.patches]
     ends = sorted(bar.get_x() + bar.get_width() for bar in bars)
     assert {bar.get_x() for bar in bars} == {1}
-    others = {row.library for row in rows} - {next(iter(rows)).library}
+    others = {row.library for row in rows} - {OURS, AGAIN}
     assert ends == pytest.approx(sorted(r.ratio for r in rows if r.library in others))
 
 
@@ -170,7 +170,7 @@ def wrong(parameters, x, dtype):
 def test_a_wrong_peer_is_not_timed(library, monkeypatch):
     layers = {"jaxlinear": peers.ours, library: wrong}
     monkeypatch.setattr(measure, "jax_peers", lambda: layers)
-    monkeypatch.setattr(measure, "pytorch_runs", lambda *arguments: False)
+    monkeypatch.setattr(measure.pytorch, "is_timed", lambda *arguments: False)
     workload = next(w for w in WORKLOADS if w.name == "MLP, hidden layer")
     message = f"MLP, hidden layer, float32, step: Y of {library} .* bound "
     allowed = jax.numpy_rank_promotion("allow")  # As the naive formula is written.
@@ -210,43 +210,21 @@ def test_the_table_of_a_model_has_its_loss_where_it_was_measured():
     assert table(9.125).splitlines()[-1].endswith("| 9.12500 |")
 
 
-def test_a_program_that_is_far_slower_is_timed_once(monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
-
-    def taking(seconds):
-        def run(times):
-            clock[0] += seconds * times
-
-        return Program(call=lambda: None, run=run)
-
-    programs = {OURS: taking(0.02), "other": taking(0.01), "slow": taking(5.0)}
-    samples = interleaved(programs, 0.05)
-    assert {name: len(s) for name, s in samples.items()} == {
-        OURS: 15,
-        "other": 15,
-        "slow": 1,
-    }
-    long = interleaved({OURS: taking(100.0), "other": taking(101.0)}, 0.05)
-    assert {len(s) for s in long.values()} == {1}
-
-
 @pytest.mark.parametrize(
-    ("text", "model", "features", "is_native"),
+    ("text", "model", "features"),
     [
-        ("model name\t: A\nflags\t: fpu avx2 avx512f avx512_bf16", "A", 3, "yes"),
-        ("model name\t: B\nflags\t: fpu avx avx2", "B", 1, "no"),
-        ("Features\t: fp asimd bf16", None, 1, "yes"),
+        ("model name\t: A\nflags\t: fpu avx2 avx512f avx512_bf16", "A", 3),
+        ("model name\t: B\nflags\t: fpu avx avx2", "B", 1),
+        ("Features\t: fp asimd bf16", None, 1),
     ],
     ids=["with bfloat16", "without", "Arm"],
 )
-def test_a_processor_is_described(text, model, features, is_native, tmp_path):
+def test_a_processor_is_described(text, model, features, tmp_path):
     file = tmp_path / "cpuinfo"
     file.write_text(text + "\n")
     found = processor(file)
     assert model in (None, found["model"])
     assert len(found["features"]) == features
-    assert found["bfloat16 instructions"] == is_native
     assert processor(tmp_path / "none")["features"] is None
 
 
