@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 
 from benchmarks.peers import is_installed
@@ -78,7 +79,7 @@ def _place(device):
 @functools.cache
 def _process():
     context = multiprocessing.get_context("spawn")
-    executor = concurrent.futures.ProcessPoolExecutor(1, context)
+    executor = concurrent.futures.ProcessPoolExecutor(1, context, _end_with_the_other)
     atexit.register(executor.shutdown)
     return executor
 
@@ -112,6 +113,17 @@ def _programs(load, *arguments):
 
 _calls = {}
 """Of what was loaded last, by name."""
+
+
+def _end_with_the_other():
+    """End when the process that asks does, also if it was killed."""
+
+    def wait(parent=multiprocessing.parent_process()):
+        if parent:
+            parent.join()
+            os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _results(name):
