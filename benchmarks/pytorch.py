@@ -118,8 +118,8 @@ _calls = {}
 def _end_with_the_other():
     """End when the process that asks does, also if it was killed."""
 
-    def wait(parent=multiprocessing.parent_process()):
-        if parent:
+    def wait():
+        if parent := multiprocessing.parent_process():
             parent.join()
             os._exit(0)
 
