@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 
+from benchmarks.device_clock import device_clock
 from benchmarks.peers import is_installed
 from benchmarks.timing import Program, wall_clock
 
@@ -111,7 +112,7 @@ def _programs(load, *arguments):
 
 # What follows runs in the other process.
 
-_calls = {}
+_calls, _clocks = {}, {}
 """Of what was loaded last, by name."""
 
 
@@ -132,7 +133,7 @@ def _results(name):
 
 
 def _seconds(name, times):
-    seconds = wall_clock(_calls[name])(times)
+    seconds = _clocks[name](times)
     wait_until_idle()
     return seconds
 
@@ -150,9 +151,20 @@ def _loaded(calls, place):
         return wait
 
     _calls.clear()
+    _clocks.clear()
     on_cpu = place == "cpu"
     _calls.update({n: c if on_cpu else waiting(c) for n, c in calls.items()})
+    _clocks.update({name: _clock(call, place) for name, call in _calls.items()})
     return [*calls]
+
+
+def _clock(call, place):
+    if place == "cpu":
+        return wall_clock(call)
+    # JAX starts on the GPU here as well, to record what PyTorch runs there. It has
+    # nothing to run itself, so it must not take most of the memory.
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    return device_clock(call, "/device:GPU:0")  # PyTorch's "cuda".
 
 
 def _tensor(array, place):

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from jax import lax
+
+from benchmarks.device_clock import device_clock, plane_of
 
 SAMPLE_SECONDS = 2e-3
 """A sample that is shorter than this consists of several calls."""
@@ -50,8 +51,9 @@ def compiled(function, arguments):
     def call():
         return jax.block_until_ready(jitted(*arguments))
 
-    on_device = jax.tree.leaves(arguments)[0].device.platform != "cpu"
-    seconds = repeated_on_device(function, arguments) if on_device else wall_clock(call)
+    device = jax.tree.leaves(arguments)[0].device
+    is_cpu = device.platform == "cpu"
+    seconds = wall_clock(call) if is_cpu else device_clock(call, plane_of(device))
     return Program(call, seconds, compile_s, peak, temporaries)
 
 
@@ -75,24 +77,6 @@ def wall_clock(call):
         return time.perf_counter() - start
 
     return seconds
-
-
-def repeated_on_device(function, arguments):
-    """Repeat the function in one program, where wall time would measure Python.
-
-    The barrier makes every repetition wait for the one before, and keeps XLA from
-    computing them all at once.
-    """
-
-    def repeat(times, arguments):
-        def body(_, carry):
-            arguments, _ = lax.optimization_barrier(carry)
-            return arguments, function(*arguments)
-
-        return lax.fori_loop(0, times - 1, body, (arguments, function(*arguments)))[1]
-
-    repeated = jax.jit(repeat, static_argnums=0)
-    return lambda times: jax.block_until_ready(repeated(times, arguments))
 
 
 def interleaved(programs, seconds):

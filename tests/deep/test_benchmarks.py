@@ -17,7 +17,6 @@ from benchmarks import measure, model, pages, peers, plots, report, results_file
 from benchmarks.machine import processor
 from benchmarks.model import GPT, WITH_LOSS, model_programs
 from benchmarks.results_file import AGAIN, OURS, Row, rows_of
-from benchmarks.timing import repeated_on_device
 from benchmarks.workloads import WORKLOADS, problem, work
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -280,19 +279,6 @@ def test_the_work_of_a_step_is_that_of_its_products():
     assert flops == pytest.approx(3 * product, rel=0.01)
     # x, weight, bias and the cotangent are read; as much is written as gradients and Y.
     assert least_bytes == 2 * sum(array.nbytes for array in arrays)
-
-
-def test_repetition_on_a_device_computes_the_function_each_time():
-    calls = []
-
-    def counted(x):
-        jax.debug.callback(lambda: calls.append(1))
-        return 2 * x
-
-    repeated = repeated_on_device(counted, (jnp.ones(3),))
-    assert repeated(5).tolist() == [2, 2, 2]
-    jax.effects_barrier()
-    assert len(calls) == 5
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path):
