@@ -132,7 +132,7 @@ def standard_error(samples):
 def warm_call(program, seconds):
     """The seconds of a call; a long one is not made twice for nothing."""
     spent = 0.0
-    for _ in range(2):  # The first compiles on an accelerator, and warms up.
+    for _ in range(2):  # The first warms up.
         spent = program.seconds(1)
         if spent > 10 * seconds:
             break
