@@ -17,10 +17,7 @@ import typing
 import jax
 
 LEAST_CALLS = 10
-"""In a sample, which costs the start of a trace, and shows lost events by their number.
-
-A step of a model takes milliseconds on a device, a trace takes tenths of a second.
-"""
+"""In a sample: each costs a trace, and fewer calls would show lost events less well."""
 
 ATTEMPTS = 3
 
