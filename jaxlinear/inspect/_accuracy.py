@@ -151,9 +151,8 @@ def _expected(arrays, dtype, of_device):
 
     terms = FEATURES + 1, FEATURES, ROWS, ROWS
     magnitudes = formulas(*map(np.abs, (X, W, B, G)))
-    before = [()] * 4
-    if of_device.is_y_rounded_before_bias:
-        before[0] = X @ W.T, np.broadcast_to(B, (ROWS, FEATURES))
+    of_Y = X @ W.T, np.broadcast_to(B, (ROWS, FEATURES))
+    before = of_Y if of_device.is_y_rounded_before_bias else (), (), (), ()
     return list(zip(formulas(X, W, B, G), magnitudes, terms, before, strict=True))
 
 

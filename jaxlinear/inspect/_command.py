@@ -137,7 +137,7 @@ def _roundings(device):
     default = rounding(device, "float32")
     if default.roundoff:
         yield (
-            "default: this device rounds the operands of products in float32 to"
+            "default: this device rounds the operands of float32 products to"
             f" {default.operands}; highest: it does not."
         )
     if default.is_y_rounded_before_bias:

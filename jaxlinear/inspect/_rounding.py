@@ -22,16 +22,17 @@ class Rounding(NamedTuple):
 def rounding(device: Any, dtype: DTypeLike, precision: str | None = None) -> Rounding:
     """That of operands in ``dtype`` at the default precision, or at ``"highest"``.
 
-    Only operands in float32 are rounded. `jax.lax.Precision` says to what: at the
-    default precision to bfloat16 on TPUs and to TensorFloat32 on GPUs that have it.
-    These are NVIDIA's from compute capability 8.0 on: of AMD's libraries XLA asks for
-    float32. How a GPU comes to the 10 bits of TensorFloat32 is not said.
+    What is rounded at the default precision, `jax.lax.Precision` says: on TPUs operands
+    in float32 to bfloat16, on GPUs that have it to TensorFloat32. These are NVIDIA's
+    from compute capability 8.0 on: of AMD's libraries XLA asks for float32. How a GPU
+    comes to the 10 bits of TensorFloat32 is not said. For float16 as well a TPU's
+    compiler plans one pass in bfloat16, and three at the highest precision.
     """
     is_gpu = device.platform in ("gpu", "cuda", "rocm")
-    if dtype == "float32" and precision is None:
-        if device.platform == "tpu":
+    if precision is None:
+        if device.platform == "tpu" and dtype in ("float32", "float16"):
             return Rounding("bfloat16", 2**-8, False, is_gpu)
-        if is_gpu and _has_tensorfloat32(device):
+        if is_gpu and dtype == "float32" and _has_tensorfloat32(device):
             return Rounding("TensorFloat32", 2**-11, True, is_gpu)
     return Rounding(str(dtype), 0.0, False, is_gpu)
 
