@@ -278,11 +278,11 @@ def test_8_bits_on_cpu_are_said_to_be_no_faster():
 @pytest.mark.parametrize(
     ("device", "dtype", "expected"),
     [
-        ("cpu", "float32", []),
-        ("gpu", "float32", ["The default precision of float32 products is Tensor"]),
-        ("tpu", "float32", ["The default precision of float32 products is bfloat16"]),
-        ("tpu", "float16", ["The default precision of float16 products is bfloat16"]),
-        ("tpu", "bfloat16", []),
+        ("cpu", "float32", None),
+        ("gpu", "float32", "operands of float32 products to TensorFloat32"),
+        ("tpu", "float32", "operands of float32 products to bfloat16"),
+        ("tpu", "float16", "operands of float16 products to bfloat16"),
+        ("tpu", "bfloat16", None),
     ],
 )
 def test_the_default_precision_is_said_where_it_drops_bits(device, dtype, expected):
@@ -294,7 +294,6 @@ def test_the_default_precision_is_said_where_it_drops_bits(device, dtype, expect
         asked = instructions(lowered.as_text("hlo", debug_info=True))
         return [n for n in _notes(asked, device) if "precision" in n]
 
-    found = notes(None)
-    assert len(found) == len(expected)
-    assert all(map(str.startswith, found, expected))
+    assert len(notes(None)) == (expected is not None)
+    assert expected is None or expected in notes(None)[0]
     assert not notes("highest")

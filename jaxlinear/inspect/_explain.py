@@ -296,8 +296,8 @@ def _notes(asked, device):
         found = rounding(device, dtype)
         if found.roundoff:
             yield (
-                f"The default precision of {dtype} products is {found.operands} on this"
-                ' device; precision="highest" keeps all bits.'
+                f"The default precision rounds the operands of {dtype} products to"
+                f' {found.operands} on this device; "highest" does not.'
             )
 
 
