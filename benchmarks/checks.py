@@ -24,22 +24,21 @@ import numpy as np
 
 from benchmarks.results_file import OURS
 from benchmarks.workloads import RECIPE_ERRORS
+from jaxlinear.inspect._rounding import rounding
 
 OTHERS_LAMBDA = 2
-OPERAND_ROUNDOFF = {"gpu": 2**-11, "tpu": 2**-8}
-"""Of the default precision of float32 products: TensorFloat32, bfloat16."""
 
 
 def roundoff(dtype):
     return float(jnp.finfo(dtype).eps) / 2
 
 
-def operand_roundoff(compute_dtype, platform):
+def operand_roundoff(compute_dtype, device):
     """Of a term: each is a product of two operands that the device may have rounded."""
-    return 2 * OPERAND_ROUNDOFF.get(platform, 0) if compute_dtype == "float32" else 0
+    return 2 * rounding(device, compute_dtype).roundoff
 
 
-def bound(library, result_dtype, compute_dtype, expected, platform):
+def bound(library, result_dtype, compute_dtype, expected, device):
     """The largest relative error that rounding explains."""
     exact, magnitude, terms = expected
     if library == OURS:
@@ -50,10 +49,10 @@ def bound(library, result_dtype, compute_dtype, expected, platform):
     else:
         explained = 3 + OTHERS_LAMBDA * math.sqrt(terms / 6)
         explained *= roundoff(compute_dtype)
-    return explained + operand_roundoff(compute_dtype, platform)
+    return explained + operand_roundoff(compute_dtype, device)
 
 
-def checked_errors(case, library, results, expected, compute_dtype, platform, flip):
+def checked_errors(case, library, results, expected, compute_dtype, device, flip):
     """{quantity: relative error}; ArithmeticError if one is more than its bound.
 
     ``case`` names the workload, dtype and mode; with ``flip`` the weight is (in, out).
@@ -66,7 +65,7 @@ def checked_errors(case, library, results, expected, compute_dtype, platform, fl
         actual = as_float64(result)
         actual = actual.T if flip and name == "grad_W" else actual
         errors[name] = relative_error(actual, expected[name][0])
-        limit = bound(library, dtype, compute_dtype, expected[name], platform)
+        limit = bound(library, dtype, compute_dtype, expected[name], device)
         limit += of_8_bits if name != "grad_B" else 0
         require(case, library, name, errors[name], limit)
     return errors

@@ -44,7 +44,7 @@ def measure(workload, dtype, modes, device, seconds, limits):
                 dict(zip(MODES[mode], program.call(), strict=True)),
                 exact,
                 compute_dtype,
-                device.platform,
+                device,
                 name in TRANSPOSED,
             )
             errors[name] = max(found.values())

@@ -78,7 +78,7 @@ def model_programs(gpt, dtype_name, compute_dtype, device):
         loss = loss_of(gpt, layers[NAIVE], "float32")
         results = jax.jit(jax.value_and_grad(loss))(initial(gpt), tokens)
         exact = by_kind(results, False)
-    limit = bound(gpt, compute_dtype, device.platform)
+    limit = bound(gpt, compute_dtype, device)
     for name, loss in losses_of(gpt, layers, compute_dtype).items():
         parameters = jax.device_put(initial(gpt, name), device)
         results = jax.jit(jax.value_and_grad(loss))(parameters, tokens)
@@ -94,7 +94,7 @@ def model_programs(gpt, dtype_name, compute_dtype, device):
     return programs, errors, 6 * count * gpt.rows, 8 * count
 
 
-def bound(gpt, compute_dtype, platform):
+def bound(gpt, compute_dtype, device):
     """Independent roundings of the values in series, forward and backward: 4 √depth u.
 
     In float32 the sums weigh more than the last rounding, √n u with the longest n; and
@@ -103,7 +103,7 @@ def bound(gpt, compute_dtype, platform):
     depth = 2 * (10 * gpt.layers + 3)
     longest = max(gpt.rows, gpt.out_features)
     accumulated = longest**0.5 * roundoff("float32")
-    rounded = roundoff(compute_dtype) + operand_roundoff(compute_dtype, platform)
+    rounded = roundoff(compute_dtype) + operand_roundoff(compute_dtype, device)
     return 4 * depth**0.5 * (rounded + accumulated)
 
 

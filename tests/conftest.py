@@ -3,6 +3,9 @@
 import importlib.metadata
 import os
 
+# The tests are of the package, and their eight devices are CPUs, also beside a GPU and
+# in the processes that they start. `python -m jaxlinear` tests a device.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # LLVM takes a quarter of the time of the tests to optimise small programs. XLA's own
 # passes, which choose the products and the collectives, are those of users.
 os.environ["XLA_FLAGS"] = (

@@ -1,12 +1,14 @@
 """What `explain` says is what was compiled."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen, nnx
+from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from oracle import naive
 
@@ -14,6 +16,7 @@ import jaxlinear.linen
 import jaxlinear.nnx
 from jaxlinear import Product, Products, explain, linear, linear_cross_entropy
 from jaxlinear._op import cpu
+from jaxlinear.inspect._explain import _notes
 from jaxlinear.inspect._hlo import bits, collectives, instructions
 
 ROWS, IN, OUT = 256, 512, 128
@@ -270,3 +273,27 @@ def test_8_bits_on_cpu_are_said_to_be_no_faster():
         assert any("no faster than bfloat16" in note for note in found.notes)
         assert {str(recipe.forward.dtype)} <= {array.dtype for array in found.saved}
     assert not any("8-bit" in n for n in jaxlinear.explain(linear, x, weight).notes)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "expected"),
+    [
+        ("cpu", "float32", None),
+        ("gpu", "float32", "operands of float32 products to TensorFloat32"),
+        ("tpu", "float32", "operands of float32 products to bfloat16"),
+        ("tpu", "float16", "operands of float16 products to bfloat16"),
+        ("tpu", "bfloat16", None),
+    ],
+)
+def test_the_default_precision_is_said_where_it_drops_bits(device, dtype, expected):
+    a = jax.ShapeDtypeStruct((8, 16), dtype)
+    device = SimpleNamespace(platform=device, compute_capability="9.0")
+
+    def notes(precision):
+        lowered = jax.jit(lambda a, b: lax.dot(a, b.T, precision=precision)).lower(a, a)
+        asked = instructions(lowered.as_text("hlo", debug_info=True))
+        return [n for n in _notes(asked, device) if "precision" in n]
+
+    assert len(notes(None)) == (expected is not None)
+    assert expected is None or expected in notes(None)[0]
+    assert not notes("highest")

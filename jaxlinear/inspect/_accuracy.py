@@ -12,6 +12,7 @@ import numpy as np
 from jaxlinear._linear import linear
 from jaxlinear._product import FLOAT8, INT8, Product, Products, accumulator_dtype
 from jaxlinear._product_checks import checked_products
+from jaxlinear.inspect._rounding import rounding
 
 ROWS = FEATURES = 512
 QUANTITIES = "Y", "∇X", "∇W", "∇B"
@@ -40,7 +41,8 @@ class Measurement:
     """The relative error of one quantity, in the Frobenius norm, against float64.
 
     ``explained`` is the error that rounding to the dtype of the result and accumulating
-    in float32 at least explain, and the roundings that products ask for.
+    in float32 at least explain, and the roundings that products ask for, or that the
+    device does at this precision.
     """
 
     dtype: str
@@ -81,34 +83,35 @@ def layers():
     return found | ({"Flax": _flax} if importlib.util.find_spec("flax") else {})
 
 
-def measured():
-    """Yield the measurements, those of one dtype together."""
+def measured(device):
+    """Yield the measurements of ``device``, those of one dtype together."""
     for name, dtypes in DTYPES.items():
-        yield from _measured(name, *dtypes, layers())
+        yield from _measured(device, name, *dtypes, layers())
     for name, (argument_dtype, dtype, products) in RECIPES.items():
         ours = {"jaxlinear": functools.partial(_ours, products=products)}
-        yield from _measured(name, argument_dtype, dtype, ours, products)
+        yield from _measured(device, name, argument_dtype, dtype, ours, products)
 
 
-def _measured(name, argument_dtype, dtype, layers, products=None):
+def _measured(device, name, argument_dtype, dtype, layers, products=None):
     arrays = arguments(argument_dtype, dtype)
-    expected = _expected(arrays, dtype)
-    of_products = _of_products(arrays, expected, products)
     for precision in PRECISIONS:
+        of_device = rounding(device, dtype, precision)
+        expected = _expected(arrays, dtype, of_device)
+        of_products = _of_products(arrays, expected, products, of_device)
         for layer, function in layers.items():
             with jax.default_matmul_precision(precision):
                 results = _forward_and_backward(function, dtype)(*arrays)
-            for quantity, actual, (exact, magnitude, terms), rounding in zip(
+            for quantity, actual, its_expected, of_product in zip(
                 QUANTITIES, results, expected, of_products, strict=True
             ):
+                exact, *_ = its_expected
                 yield Measurement(
                     name,
                     quantity,
                     layer,
                     precision or "default",
                     norm(np.asarray(actual, np.float64) - exact) / norm(exact),
-                    _explained(actual.dtype, exact, magnitude, terms)
-                    + rounding / norm(exact),
+                    _explained(actual.dtype, *its_expected) + of_product / norm(exact),
                 )
 
 
@@ -132,11 +135,12 @@ def _forward_and_backward(function, dtype):
     return results
 
 
-def _expected(arrays, dtype):
-    """Y, ∇X, ∇W and ∇B in float64, with the sum of the magnitudes of their terms.
+def _expected(arrays, dtype, of_device):
+    """Y, ∇X, ∇W and ∇B in float64, each with what its error follows from.
 
-    The operands of the products are rounded to ``dtype``, as each layer does; the bias
-    is as it came.
+    That is the sum of the magnitudes of its terms, their number, and what is rounded to
+    the dtype of the result before it. The operands of the products are rounded to
+    ``dtype``, as each layer does; the bias is as it came.
     """
     X, W, B, G = arrays
     X, W = X.astype(dtype), W.astype(dtype)
@@ -147,37 +151,44 @@ def _expected(arrays, dtype):
 
     terms = FEATURES + 1, FEATURES, ROWS, ROWS
     magnitudes = formulas(*map(np.abs, (X, W, B, G)))
-    return list(zip(formulas(X, W, B, G), magnitudes, terms, strict=True))
+    of_Y = X @ W.T, np.broadcast_to(B, (ROWS, FEATURES))
+    before = of_Y if of_device.is_y_rounded_before_bias else (), (), (), ()
+    return list(zip(formulas(X, W, B, G), magnitudes, terms, before, strict=True))
 
 
-def _explained(dtype, exact, magnitude, terms):
+def _explained(dtype, exact, magnitude, terms, before=()):
     """The relative error of one rounding to ``dtype`` and of a sum of ``terms`` terms.
 
     With unit roundoff u, rounding y moves it by at most u |y|, and evenly so by u |y| /
-    √3 in the mean square. A sum in any order has the error √n u Σ|term| if its
+    √3 in the mean square. The same holds of each array that is rounded ``before``, and
+    these errors are independent. A sum in any order has the error √n u Σ|term| if its
     roundings are independent (Higham and Mary, A New Approach to Probabilistic Rounding
     Error Analysis, 2019).
     """
-    rounding = unit_roundoff(dtype) / math.sqrt(3)
+    rounded = math.hypot(*map(norm, (exact, *before))) / norm(exact)
     accumulating = math.sqrt(terms) * unit_roundoff(accumulator_dtype(dtype))
-    return rounding + accumulating * norm(magnitude) / norm(exact)
+    return unit_roundoff(dtype) / math.sqrt(3) * rounded + accumulating * norm(
+        magnitude
+    ) / norm(exact)
 
 
-def _of_products(arrays, expected, products):
+def _of_products(arrays, expected, products, of_device):
     """The error of Y, ∇X, ∇W and ∇B that products ask for, in the Frobenius norm.
 
     It is that of rounding the operands, and of rounding the result where it leaves the
     accumulator. The errors of different elements are independent, so the variance of a
-    sum of products is the sum of theirs. A tenth more is for chance.
+    sum of products is the sum of theirs. A tenth more is for chance. Operands of which
+    nothing is asked may be rounded by the device.
     """
-    if products is None:
-        return [0.0] * 4
     X, W, _, G = (np.asarray(a, np.float64) for a in arrays)
     pairs = (X, W.T), (G, W), (G.T, X)
 
     def of(product, a, b, exact):
-        variance = 0.0
-        if product.dtype is not None:
+        variance = moved = 0.0
+        if product.dtype is None:
+            variances, movement = of_operands(a, b, of_device)
+            variance, moved = np.sum(variances), norm(movement)
+        else:
             is_per_row, dtypes = product.scaling == "per_row", product.dtype
             dtypes = dtypes if product.is_scaled else (dtypes, dtypes)
             first, second = (
@@ -187,7 +198,7 @@ def _of_products(arrays, expected, products):
             variance += np.sum(first @ b**2 + (a**2 + first) @ second)
         if product.preferred_element_type is not None:
             variance += np.sum(_variance(exact, product.preferred_element_type))
-        return 1.1 * math.sqrt(variance)
+        return 1.1 * math.sqrt(variance) + moved
 
     products = checked_products(products, None)
     results = (exact for exact, *_ in expected)
@@ -198,6 +209,17 @@ def _of_products(arrays, expected, products):
         ),
         0.0,
     ]
+
+
+def of_operands(a, b, of_device):
+    """The variance of each element of A B where a device rounds the operands.
+
+    And how far it is moved: bits that are cut off take each operand toward zero, by its
+    u at most on average. Their variance is that of rounding.
+    """
+    u = of_device.roundoff
+    variance = 2 * u**2 / 3 * (a**2 @ b**2)
+    return variance, (2 * u if of_device.may_truncate else 0) * np.abs(a @ b)
 
 
 def _variance(operand, dtype, contracted_axis=None):

@@ -16,13 +16,14 @@ from jaxlinear._op.cpu import NATIVE, bfloat16_form
 from jaxlinear.inspect._accuracy import FEATURES, ROWS, measured
 from jaxlinear.inspect._json import as_json
 from jaxlinear.inspect._loss_accuracy import CLASSES, measured_losses
+from jaxlinear.inspect._rounding import rounding
 from jaxlinear.inspect._table import table
 
 
 def main():
     options = _options()
-    device = _device()
-    measurements = [*measured(), *measured_losses()]
+    device = jax.devices()[0]
+    measurements = [*measured(device), *measured_losses(device)]
     if options.json == "-":
         print(_as_json(measurements, device))
     else:
@@ -35,9 +36,8 @@ def main():
     return int(not all(m.is_explained for m in ours))
 
 
-def _device():
+def _name(device):
     """Its name, and that of a CPU with what decides about bfloat16 products."""
-    device = jax.devices()[0]
     if device.platform != "cpu":
         return device.device_kind
     has = "with" if bfloat16_form() == NATIVE else "without"
@@ -111,7 +111,7 @@ def _as_text(measurements, device):
         return f"{found.error:.1e}{' ' if found.is_explained else '!'}"
 
     lines = [
-        f"Relative errors against float64, {device}, JAX {jax.__version__}"
+        f"Relative errors against float64, {_name(device)}, JAX {jax.__version__}"
         f" ({ROWS} rows, {FEATURES} features, and {CLASSES} classes of the loss; mixed:"
         " float32 arguments, bfloat16 compute; float8: FLOAT8, int8: INT8, of float32"
         " arguments):",
@@ -125,15 +125,29 @@ def _as_text(measurements, device):
         ),
         "",
         "!: more than rounding to the dtype of the result explains.",
+        *_roundings(device),
     ]
     if not any(m.layer == "Flax" for m in measurements):
         lines.append("Flax is not installed: its layer is left out.")
     return "\n".join(lines)
 
 
+def _roundings(device):
+    """What the device rounds beside that, which is explained as well."""
+    default = rounding(device, "float32")
+    if default.roundoff:
+        yield (
+            "default: this device rounds the operands of float32 products to"
+            f" {default.operands}; highest: it does not."
+        )
+    if default.is_y_rounded_before_bias:
+        yield "On GPUs Y is rounded before the bias is added, and after."
+
+
 def _as_json(measurements, device):
     document = {
-        "device": device,
+        "device": _name(device),
+        "default_precision": rounding(device, "float32").operands,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": sys.version.split()[0],
         "jax": jax.__version__,
@@ -175,6 +189,6 @@ def _draw(measurements, device, file):
             if (row, column) in cells:
                 error = f"{cells[row, column].error:.1e}"
                 axes.text(x, y, error, ha="center", va="center")
-    axes.set_title(f"Relative error against float64, {device}")
+    axes.set_title(f"Relative error against float64, {_name(device)}")
     figure.colorbar(image, label="error / error that rounding explains")
     figure.savefig(file, dpi=150, bbox_inches="tight")

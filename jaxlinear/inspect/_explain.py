@@ -16,6 +16,7 @@ from jaxlinear._op import cpu
 from jaxlinear._op.quantized import REASON_ON_CPU
 from jaxlinear._product import EIGHT_BIT_PAIRS, Product
 from jaxlinear.inspect._hlo import bits, collectives, instructions
+from jaxlinear.inspect._rounding import rounding
 from jaxlinear.inspect._table import table
 
 # The names that `_op/formulas.py` gives to the operations of each product.
@@ -185,7 +186,7 @@ def explain(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Expla
         tuple(_products(asked, compiled)),
         tuple(_saved(forward, floating, others)),
         tuple(_collectives(compiled)),
-        tuple(_notes(asked, device.platform)),
+        tuple(_notes(asked, device)),
     )
 
 
@@ -276,8 +277,9 @@ def _operands_of_products(asked):
                 read += operand.read
 
 
-def _notes(asked, platform):
-    """What was chosen for the platform, and why."""
+def _notes(asked, device):
+    """What was chosen for the device, and why, and what its default precision is."""
+    platform = device.platform
     # Operands have their dtypes from before any cast for the product here.
     dtypes = {d for i in asked if _scope(i) for d in i.operand_dtypes}
     if platform == "cpu" and "bfloat16" in dtypes:
@@ -289,6 +291,14 @@ def _notes(asked, platform):
             "A bias is added in the dtype in which the forward product leaves:"
             " by default that of Y on GPUs, which would else write a float32 array."
         )
+    at_default = [i for i in asked if i.is_product and i.precision == "default"]
+    for dtype in dict.fromkeys(d for i in at_default for d in i.operand_dtypes):
+        found = rounding(device, dtype)
+        if found.roundoff:
+            yield (
+                f"The default precision rounds the operands of {dtype} products to"
+                f' {found.operands} on this device; "highest" does not.'
+            )
 
 
 def _scope(instruction):

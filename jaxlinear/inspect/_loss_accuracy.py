@@ -14,8 +14,10 @@ from jaxlinear.inspect._accuracy import (
     arguments,
     layers,
     norm,
+    of_operands,
     unit_roundoff,
 )
+from jaxlinear.inspect._rounding import rounding
 
 CLASSES = 1024
 QUANTITIES = "loss", "loss ∇X", "loss ∇W", "loss ∇B"
@@ -34,26 +36,27 @@ def _with_logits_of(layer):
     return loss
 
 
-def measured_losses():
+def measured_losses(device):
     """Yield the measurements at the default precision, those of one dtype together."""
     losses = {name: _with_logits_of(layer) for name, layer in layers().items()}
     losses["jaxlinear"] = _ours
     for name, dtypes in DTYPES.items():
-        yield from _measured(name, *dtypes, losses)
+        yield from _measured(device, name, *dtypes, losses)
 
 
-def _measured(name, argument_dtype, dtype, losses):
+def _measured(device, name, argument_dtype, dtype, losses):
     *arrays, _ = arguments(argument_dtype, dtype, CLASSES)
     labels = np.random.default_rng(1).integers(CLASSES, size=ROWS, dtype=np.int32)
-    expected = _expected(arrays, labels, dtype)
+    expected = _expected(arrays, labels, dtype, rounding(device, dtype))
     for layer, loss in losses.items():
-        value, gradients = _value_and_gradients(loss, dtype)(*arrays, labels)
-        for quantity, actual, (exact, rounding) in zip(
+        with jax.default_matmul_precision(None):
+            value, gradients = _value_and_gradients(loss, dtype)(*arrays, labels)
+        for quantity, actual, (exact, explained) in zip(
             QUANTITIES, (value, *gradients), expected, strict=True
         ):
             error = norm(np.asarray(actual, np.float64) - exact)
-            rounding += _of_result(actual.dtype, exact)
-            errors = float(error / norm(exact)), float(rounding / norm(exact))
+            explained += _of_result(actual.dtype, exact)
+            errors = float(error / norm(exact)), float(explained / norm(exact))
             yield Measurement(name, quantity, layer, "default", *errors)
 
 
@@ -74,13 +77,14 @@ def _value_and_gradients(loss, dtype):
     return results
 
 
-def _expected(arrays, labels, dtype):
-    """The loss, ∇X, ∇W and ∇B in float64, with the error of the sums and of G.
+def _expected(arrays, labels, dtype, of_device):
+    """The loss, ∇X, ∇W and ∇B in float64, with the error of the products and of G.
 
     A logit is off by δ = √n u Σ|term|, a sum in float32, and so is log Σ exp z at most.
     G = (p - onehot) / rows is off by p δ, and where it is rounded to a ``dtype`` below
     float32 by u |G| / √3 in the mean square, but not at the label, whose residual is
-    put back. These errors are independent.
+    put back. These errors are independent. Where the device rounds the operands of
+    products in float32, δ and the error of both gradients have that as well.
     """
     X, W, B = arrays
     X, W = X.astype(dtype), W.astype(dtype)
@@ -100,16 +104,25 @@ def _expected(arrays, labels, dtype):
     accumulator = accumulator_dtype(dtype)
     of_sum = unit_roundoff(accumulator)
     δ = np.sqrt(FEATURES + 1) * of_sum * (np.abs(X) @ np.abs(W).T + np.abs(B))
+    of_logits, moved = of_operands(X, W.T, of_device)
+    δ += np.sqrt(of_logits) + moved
     variance = (p * δ / ROWS) ** 2
     of_products = variance
     if jnp.dtype(dtype) != accumulator:
         of_products = variance + (1 - onehot) * (unit_roundoff(dtype) * G) ** 2 / 3
-    variances = of_products @ W**2, of_products.T @ X**2, variance.sum(axis=0)
+    of_X, moved_X = of_operands(G, W, of_device)
+    of_W, moved_W = of_operands(G.T, X, of_device)
+    variances = (
+        of_products @ W**2 + of_X,
+        of_products.T @ X**2 + of_W,
+        variance.sum(axis=0),
+    )
     magnitudes = np.abs(G) @ np.abs(W), np.abs(G).T @ np.abs(X), np.abs(G).sum(axis=0)
+    moved = norm(moved_X), norm(moved_W), 0.0
     roundings = [
-        1.1 * np.sqrt(np.sum(v)) + np.sqrt(terms) * of_sum * norm(magnitude)
-        for v, magnitude, terms in zip(
-            variances, magnitudes, (CLASSES, ROWS, ROWS), strict=True
+        1.1 * np.sqrt(np.sum(v)) + np.sqrt(terms) * of_sum * norm(magnitude) + by
+        for v, magnitude, terms, by in zip(
+            variances, magnitudes, (CLASSES, ROWS, ROWS), moved, strict=True
         )
     ]
     of_loss = np.mean(δ.max(-1) + np.sqrt(CLASSES) * of_sum)

@@ -5,12 +5,16 @@ import json
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
+from jax import lax
 
 import jaxlinear
-from jaxlinear.inspect import _accuracy
+from jaxlinear._op import formulas
+from jaxlinear.inspect import _accuracy, _loss_accuracy
 from jaxlinear.inspect import _command as command
 from jaxlinear.inspect._accuracy import (
     DTYPES,
@@ -19,13 +23,23 @@ from jaxlinear.inspect._accuracy import (
     Measurement,
     measured,
 )
+from jaxlinear.inspect._loss_accuracy import measured_losses
+from jaxlinear.inspect._rounding import rounding
 
 LAYERS = "jaxlinear", "naive", "Flax"
+CPU = SimpleNamespace(platform="cpu")
+TPU = SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
+
+
+def gpu(capability):
+    return SimpleNamespace(
+        platform="gpu", device_kind="a GPU", compute_capability=capability
+    )
 
 
 @pytest.fixture(scope="module")
 def measurements():
-    return {(m.dtype, m.quantity, m.layer, m.precision): m for m in measured()}
+    return {(m.dtype, m.quantity, m.layer, m.precision): m for m in measured(CPU)}
 
 
 def test_every_dtype_quantity_layer_and_precision_is_measured(measurements):
@@ -63,7 +77,7 @@ def test_products_of_worse_operands_are_not_explained(name, monkeypatch):
     monkeypatch.setattr(_accuracy, "linear", linear)
     monkeypatch.setattr(_accuracy, "DTYPES", {})
     monkeypatch.setattr(_accuracy, "RECIPES", {name: RECIPES[name]})
-    assert not all(m.is_explained for m in measured())
+    assert not all(m.is_explained for m in measured(CPU))
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -73,7 +87,7 @@ def test_what_a_recipe_loses_is_not_explained_without_it(name, monkeypatch):
     monkeypatch.setattr(_accuracy, "DTYPES", {})
     monkeypatch.setattr(_accuracy, "RECIPES", recipe)
     monkeypatch.setattr(_accuracy, "_of_products", lambda *arguments: [0.0] * 4)
-    assert "∇W" in {m.quantity for m in measured() if not m.is_explained}
+    assert "∇W" in {m.quantity for m in measured(CPU) if not m.is_explained}
 
 
 @pytest.mark.parametrize(
@@ -104,8 +118,133 @@ def test_an_operand_with_the_bits_of_tensorfloat32_would_be_seen(layer, monkeypa
     monkeypatch.setattr(_accuracy, "layers", lambda: layers)
     monkeypatch.setattr(_accuracy, "DTYPES", {"float32": DTYPES["float32"]})
     monkeypatch.setattr(_accuracy, "RECIPES", {})
-    unexplained = {m.quantity for m in measured() if not m.is_explained}
+    unexplained = {m.quantity for m in measured(CPU) if not m.is_explained}
     assert unexplained == {"Y", "∇X", "∇W"}
+
+
+def test_the_default_precision_is_that_of_the_device():
+    found = {
+        name: rounding(device, "float32").operands
+        for name, device in {
+            "CPU": CPU,
+            "TPU": TPU,
+            "V100": gpu("7.0"),
+            "A100": gpu("8.0"),
+            "B200": gpu("10.0"),
+            "MI300": gpu("gfx942"),
+        }.items()
+    }
+    assert found == {
+        "CPU": "float32",
+        "TPU": "bfloat16",
+        "V100": "float32",
+        "A100": "TensorFloat32",
+        "B200": "TensorFloat32",
+        "MI300": "float32",
+    }
+    for device in (CPU, TPU, gpu("9.0")):
+        assert rounding(device, "float32", "highest").roundoff == 0
+        assert rounding(device, "bfloat16").roundoff == 0
+    assert rounding(TPU, "float16").operands == "bfloat16"
+    assert rounding(gpu("9.0"), "float16").operands == "float16"
+
+
+# How the operands of a float32 product are rounded.
+FORMATS = {
+    "TensorFloat32": lambda a: lax.reduce_precision(a, 8, 10),
+    "TensorFloat32, truncated": lambda a: lax.bitcast_convert_type(
+        lax.bitcast_convert_type(a, "int32") & ~0x1FFF, "float32"
+    ),
+    "bfloat16": lambda a: lax.reduce_precision(a, 8, 7),
+}
+
+
+@pytest.fixture
+def replace(monkeypatch):
+    """A function that replaces a part of our layer, of which JAX forgets programs."""
+
+    def replace(place, name, value):
+        monkeypatch.setattr(place, name, value)
+        jax.clear_caches()
+
+    yield replace
+    jax.clear_caches()
+
+
+def unexplained(device, monkeypatch, **kinds):
+    """What of ours is not explained on ``device``: (dtype, quantity, precision)."""
+    ours = {"jaxlinear": _accuracy.layers()["jaxlinear"]}
+    for module in (_accuracy, _loss_accuracy):
+        monkeypatch.setattr(module, "DTYPES", kinds.get("dtypes", DTYPES))
+        monkeypatch.setattr(module, "layers", lambda: ours)
+    monkeypatch.setattr(_accuracy, "RECIPES", kinds.get("recipes", RECIPES))
+    found = [*measured(device), *measured_losses(device)]
+    return {(m.dtype, m.quantity, m.precision) for m in found if not m.is_explained}
+
+
+def products(dtype, precision):
+    return {(dtype, quantity, precision) for quantity in ("Y", "∇X", "∇W")}
+
+
+AT_HIGHEST = products("float32", "highest")
+# The bound of the loss itself is that of its worst logits.
+AT_BOTH = AT_HIGHEST | {
+    *products("float32", "default"),
+    *(("float32", f"loss {of}", "default") for of in ("∇X", "∇W", "∇B")),
+}
+CASES = {
+    "on a GPU": ("TensorFloat32", gpu("9.0"), AT_HIGHEST),
+    "on a GPU, truncated": ("TensorFloat32, truncated", gpu("9.0"), AT_HIGHEST),
+    "on a TPU": ("bfloat16", TPU, AT_HIGHEST),
+    "too few bits on a GPU": ("bfloat16", gpu("9.0"), AT_BOTH),
+    "on a GPU without": ("TensorFloat32", gpu("7.5"), AT_BOTH),
+    "on a CPU": ("TensorFloat32", CPU, AT_BOTH),
+}
+
+
+@pytest.mark.parametrize(
+    ("format", "device", "expected"), CASES.values(), ids=CASES.keys()
+)
+def test_operands_may_lose_the_bits_that_the_device_was_asked_to_drop(
+    format, device, expected, replace, monkeypatch
+):
+    multiply, rounded = formulas.multiply_arrays, FORMATS[format]
+
+    def of_rounded(a, b, *others):
+        if a.dtype == "float32":
+            a, b = rounded(a), rounded(b)
+        return multiply(a, b, *others)
+
+    replace(formulas, "multiply_arrays", of_rounded)
+    kinds = {"dtypes": {"float32": DTYPES["float32"]}, "recipes": {}}
+    assert unexplained(device, monkeypatch, **kinds) == expected
+
+
+def test_a_tpu_may_multiply_float16_in_bfloat16(replace, monkeypatch):
+    multiply, rounded = formulas.multiply_arrays, FORMATS["bfloat16"]
+
+    def of_rounded(a, b, *others):
+        if a.dtype == "float16":
+            a, b = (rounded(o.astype("float32")).astype("float16") for o in (a, b))
+        return multiply(a, b, *others)
+
+    replace(formulas, "multiply_arrays", of_rounded)
+    kinds = {"dtypes": {"float16": DTYPES["float16"]}, "recipes": {}}
+    assert unexplained(TPU, monkeypatch, **kinds) == products("float16", "highest")
+
+
+def test_y_may_be_rounded_before_the_bias_on_gpus_only(replace, monkeypatch):
+    def as_on_gpus(self, *operands):
+        return self.on("cuda", True, *operands)
+
+    replace(formulas._ForwardProduct, "plain", as_on_gpus)
+    assert not unexplained(gpu("9.0"), monkeypatch)
+    in_bfloat16 = {
+        (dtype, "Y", precision)
+        for dtype in ("bfloat16", "mixed", "mixed, ∇W sent in bfloat16")
+        for precision in ("default", "highest")
+    }
+    assert unexplained(CPU, monkeypatch) == in_bfloat16
 
 
 def test_not_a_number_is_not_explained():
@@ -115,8 +254,8 @@ def test_not_a_number_is_not_explained():
 
 
 def run(monkeypatch, found, *arguments):
-    monkeypatch.setattr(command, "measured", lambda: iter(found))
-    monkeypatch.setattr(command, "measured_losses", lambda: iter([]))
+    monkeypatch.setattr(command, "measured", lambda device: iter(found))
+    monkeypatch.setattr(command, "measured_losses", lambda device: iter([]))
     monkeypatch.setattr(sys, "argv", ["jaxlinear", *arguments])
     return command.main()
 
@@ -144,6 +283,32 @@ def test_it_fails_if_and_only_if_an_error_of_ours_is_not_explained(monkeypatch, 
     assert "| 1.0e-03  | 3.0e-03! |" in squeezed(capsys.readouterr().out)
     assert run(monkeypatch, with_error_in("jaxlinear")) == 1
     assert "| bfloat16 ∇W | 3.0e-03! |" in squeezed(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("device", "said", "in_json"),
+    [
+        (CPU, [], "float32"),
+        (TPU, ["float32 products to bfloat16; highest"], "bfloat16"),
+        (
+            gpu("9.0"),
+            ["float32 products to TensorFloat32; highest", "before the bias"],
+            "TensorFloat32",
+        ),
+        (gpu("7.0"), ["before the bias"], "float32"),
+    ],
+    ids=str,
+)
+def test_the_default_precision_is_said_in_words(
+    device, said, in_json, monkeypatch, capsys
+):
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    run(monkeypatch, FOUND)
+    last = capsys.readouterr().out.split("explains.\n")[1].splitlines()
+    assert len(last) == len(said)
+    assert all(words in line for words, line in zip(said, last, strict=True))
+    run(monkeypatch, FOUND, "--json")
+    assert json.loads(capsys.readouterr().out)["default_precision"] == in_json
 
 
 def squeezed(text):

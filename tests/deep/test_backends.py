@@ -1,4 +1,7 @@
-"""No backend is started for a call of shapes, and none is asked that is not there."""
+"""No backend is started for a call of shapes, and none is asked that is not there.
+
+Nor do the tests start an accelerator.
+"""
 
 import os
 import socket
@@ -92,3 +95,42 @@ def test_calls_of_shapes_start_no_backend():
 def test_a_process_without_a_cpu_backend_runs_every_recipe():
     # Another CPU client takes the place of an accelerator, which JAX_PLATFORMS names.
     assert "Unknown backend cpu" in run(ELSEWHERE, JAX_PLATFORMS="other")
+
+
+# A plugin, found as that of `jax[cuda]` is, whose device JAX prefers to the CPUs.
+PLUGIN = """
+from jax.extend.backend import register_backend_factory
+
+def start():
+    raise RuntimeError("the accelerator was started")
+
+def initialize():
+    register_backend_factory("accelerator", start, priority=500, fail_quietly=False)
+"""
+
+
+def test_the_tests_do_not_start_an_accelerator(tmp_path):
+    folder = tmp_path / "jax_plugins" / "accelerator"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text(PLUGIN)
+    root = ENVIRONMENT["PYTHONPATH"]
+    environment = ENVIRONMENT | {"PYTHONPATH": f"{root}:{tmp_path}"}
+    environment.pop("JAX_PLATFORMS", None)
+
+    def of(*arguments):
+        command = [sys.executable, *arguments]
+        return subprocess.run(
+            command, cwd=root, env=environment, capture_output=True, text=True
+        )
+
+    found = of("-c", "import jax; jax.devices()")
+    assert "the accelerator was started" in found.stderr
+    # A test with eight devices, and one that starts a process.
+    tested = of(
+        *("-m", "pytest", "-n0", "-q", "-p", "no:cacheprovider"),
+        "tests/test_mixed_precision.py::"
+        "test_weight_gradient_is_reduced_across_devices_in_float32",
+        "tests/test_in_every_mode.py::"
+        "test_the_folder_works_as_a_copy_without_the_package",
+    )
+    assert "2 passed" in tested.stdout, tested.stdout + tested.stderr
