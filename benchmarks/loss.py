@@ -56,8 +56,8 @@ STEPS = [
 """Of the GPT: as it is timed, and where the logits are most of the memory."""
 
 TIMED = ["CPU: s", "time / unfused", "error: loss", "error: ∇W"]
-SECONDS = 2
-"""Of a program, in rounds; up to fifteen times as long where a call takes seconds."""
+SECONDS = 30
+"""Of a program, in rounds, at most."""
 
 
 def is_installed(contender):

@@ -14,11 +14,8 @@ SAMPLE_SECONDS = 2e-3
 """A sample that is shorter than this consists of several calls."""
 
 MIN_ROUNDS = 15
-MAX_BUDGETS = 15
-"""As many times as ``seconds`` a program is timed where the rounds differ much."""
-
-PRECISION = 0.004
-"""The standard error of a median ratio that ends the rounds."""
+PRECISION = 0.006
+"""The standard error of the median ratios that ends the rounds."""
 
 FAR = 4
 
@@ -84,14 +81,15 @@ def interleaved(programs, seconds):
 
     In each round every program is timed once, so that what slows the machine down for a
     while slows all of them, and in an order that is drawn anew, because some slow the
-    one that follows. The rounds go on for about ``seconds`` per program, and on until
-    the medians are known (see ``is_worth_a_round``). A program that is ``FAR`` slower
-    than the typical one, and takes longer than ``seconds``, is timed in the first round
-    only: the others would wait for it.
+    one that follows. The rounds go on until the median ratios to the first program are
+    known to ``PRECISION``, and there are ``MIN_ROUNDS``; at most for ``seconds`` per
+    program. A program that is ``FAR`` slower than the typical one, and takes more than
+    a ``MIN_ROUNDS``th of its time, is timed in the first round only: the others would
+    wait for it.
     """
     spent = {name: warm_call(program, seconds) for name, program in programs.items()}
     times = {name: max(1, round(SAMPLE_SECONDS / s)) for name, s in spent.items()}
-    far = max(seconds, FAR * float(np.median([*spent.values()])))
+    far = max(seconds / MIN_ROUNDS, FAR * float(np.median([*spent.values()])))
     samples = {name: [] for name in programs}
     names, total, budget = [*programs], 0.0, seconds * len(programs)
     order = random.Random(0)
@@ -107,14 +105,10 @@ def interleaved(programs, seconds):
 def is_worth_a_round(samples, total, budget):
     """Whether the rounds go on, after the ``samples`` of each program in ``total`` s.
 
-    They do for ``budget``, and longer where ``MIN_ROUNDS`` are not reached or a median
-    ratio to the first program is not known to ``PRECISION``, but not for more than
-    ``MAX_BUDGETS``.
+    The next one must fit into the ``budget`` of seconds.
     """
     rounds = len(samples[0])
-    if total < budget:
-        return True
-    if total * (1 + 1 / rounds) > MAX_BUDGETS * budget:
+    if total * (1 + 1 / rounds) > budget:
         return False
     return rounds < MIN_ROUNDS or standard_error(samples) > PRECISION
 
@@ -134,6 +128,6 @@ def warm_call(program, seconds):
     spent = 0.0
     for _ in range(2):  # The first warms up.
         spent = program.seconds(1)
-        if spent > 10 * seconds:
+        if spent > seconds:
             break
     return spent

@@ -123,7 +123,7 @@ def test_figures_of_the_headline_are_the_mean_of_layers_and_the_step_of_the_mode
         f"error is {error['jaxlinear']}; Flax's is {error['Flax']}. On an AMD EPYC with"
         " bfloat16 instructions a layer's forward and backward pass is"
         f" {mean:.1f} times as fast as Flax's (geometric mean of {len(layers)} shapes,"
-        " of which two are older than today's products), and a small GPT's training"
+        " measured before today's clock), and a small GPT's training"
         f" step {model:.1f} times."
     )
     for page in (README, ROOT / "docs" / "index.md"):

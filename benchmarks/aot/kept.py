@@ -39,8 +39,8 @@ GPT = LAYERS | {"width": 1024}
 PROGRAMS = {"scanned": LAYERS, "written": LAYERS, "gpt": GPT, "remat": GPT}
 DEPTHS = [2, 4, 8, 16, 32]
 LAYOUTS = {"fsdp": "fully sharded", "tensor": "column-parallel"}
-SECONDS = 0.5
-"""Of a program, in rounds."""
+SECONDS = 8
+"""Of a program, in rounds, at most."""
 
 
 def cell(target, program, **more):
