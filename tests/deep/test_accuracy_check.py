@@ -354,7 +354,8 @@ def test_what_cannot_be_written_is_refused_first(
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "read-only.png").touch()
     # Root may write to a read-only file.
-    monkeypatch.setattr(command.os, "access", lambda file, _: file.suffix != ".png")
+    refused = str(tmp_path / "read-only.png")
+    monkeypatch.setattr(command.os, "access", lambda file, _: str(file) != refused)
     with pytest.raises(SystemExit, match="2"):
         run(monkeypatch, None, option, name)
     assert f"{option}: {message}" in capsys.readouterr().err
