@@ -13,13 +13,23 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import measure, model, pages, peers, plots, report, results_file
+from benchmarks import (
+    long_sums,
+    measure,
+    model,
+    pages,
+    peers,
+    plots,
+    report,
+    results_file,
+)
 from benchmarks.machine import processor
 from benchmarks.model import GPT, WITH_LOSS, model_programs
 from benchmarks.results_file import AGAIN, OURS, Row, rows_of
 from benchmarks.workloads import WORKLOADS, problem, work
 
 ROOT = pathlib.Path(__file__).parents[2]
+CPU = jax.devices("cpu")[0]
 
 
 COMMAND = [sys.executable, "-m", "benchmarks", "--quick"]
@@ -331,3 +341,12 @@ def test_a_step_of_a_whole_model_is_checked_and_has_its_bytes(dtype):
     assert all(map(jnp.isfinite, losses))
     for program in programs.values():
         assert 0 < program.temporary_bytes < program.peak_bytes
+
+
+def test_sums_in_blocks_are_those_of_the_product():
+    name, *errors, in_a_loop, written_out = long_sums.row((16, 1024, 8), CPU, False)
+    assert name == "16 × 1024 → 8"
+    of_forms = [float(error) for error in errors[: len(long_sums.FORMS)]]
+    assert all(0 < error < 1e-6 for error in of_forms)
+    assert of_forms[1] < of_forms[0]  # Shorter sums are more accurate.
+    assert int(in_a_loop) <= int(written_out)
