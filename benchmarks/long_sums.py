@@ -73,7 +73,8 @@ def row(shape, device, is_timed):
     if is_timed:
         samples = interleaved(programs, SECONDS)
         cells += [f"{np.median(samples[n] / samples['XLA']):.2f}" for n in others]
-    cells += [f"{programs[name].temporary_bytes / 2**20:,.0f}" for name in others]
+    sizes = [programs[name].temporary_bytes or 0 for name in others]
+    cells += [f"{size / 2**20:,.0f}" for size in sizes]
     return [f"{rows} × {terms} → {columns}", *cells]
 
 
