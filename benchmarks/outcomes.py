@@ -116,6 +116,22 @@ CONTENDERS = {
 """The fifth and the sixth find the cause: one of the two gradients is the other's."""
 
 
+# The cause, without a training.
+
+
+def equal_terms(layer, seed, shape):
+    """The gradient of a bias over the exact one, where all its terms are 1."""
+
+    @jax.jit
+    def gradient(x, weight, bias, G):
+        Y, vjp = jax.vjp(functools.partial(layer, x, weight), bias)
+        return vjp(G.astype(Y.dtype))[0]
+
+    # All are arguments: XLA sums constants in another order.
+    zeros = jnp.zeros((*shape, IN)), jnp.zeros((OUT, IN)), jnp.zeros(OUT)
+    return np.mean(gradient(*zeros, jnp.ones((*shape, OUT)))) / np.prod(shape)
+
+
 # Training and judging, which all experiments share.
 
 
@@ -213,6 +229,11 @@ def common_events(layer, seed, **sizes):
 def one_axis(layer, seed, **sizes):
     """Rare events once more, with all 4,096 tokens in one axis instead of two."""
     return events(layer, seed, shape=(4096,), **sizes)
+
+
+def three_axes(layer, seed, **sizes):
+    """Rare events once more, with 4,096 tokens in three axes, as images have them."""
+    return events(layer, seed, shape=(16, 16, 16), **sizes)
 
 
 def counts(layer, seed, shape=(64, 64), steps=200):
@@ -440,6 +461,9 @@ def finetuned(layer, seed, shape=(8, 32), steps=1000):
     return held_out(rest, found)
 
 
+SUMS = [(65536,), (256, 256), (64, 32, 32)]
+"""The axes of 65,536 tokens."""
+
 SIZES = [(16, 16), (32, 32), (64, 64), (128, 128), (256, 256)]
 """Of the batches of rare events that are drawn."""
 
@@ -449,6 +473,7 @@ EXPERIMENTS = {
         for a, b in SIZES
     },
     "events-one-axis": one_axis,
+    "events-three-axes": three_axes,
     "events-common": common_events,
     "counts": counts,
     "offset": offset,
@@ -459,12 +484,18 @@ EXPERIMENTS = {
     "finetuned": finetuned,
     "lbfgs": lbfgs,
     "conjugate-gradients": conjugate_gradients,
+    **{
+        f"sum-{'-'.join(map(str, shape))}": functools.partial(equal_terms, shape=shape)
+        for shape in SUMS
+    },
 }
 OF_CHARACTERS = "characters", "embedding", "long", "accumulated", "finetuned"
 YARDSTICKS = "float32", "jaxlinear", "Flax NNX", "naive formula"
 
 
 def seeds(name):
+    if name.startswith("sum-"):
+        return range(1)  # Nothing is drawn.
     return range(3 if name in OF_CHARACTERS else 5)
 
 
