@@ -129,7 +129,7 @@ def equal_terms(layer, seed, shape):
 
     # All are arguments: XLA sums constants in another order.
     zeros = jnp.zeros((*shape, IN)), jnp.zeros((OUT, IN)), jnp.zeros(OUT)
-    return np.mean(gradient(*zeros, jnp.ones((*shape, OUT)))) / np.prod(shape)
+    return float(gradient(*zeros, jnp.ones((*shape, OUT))).mean()) / np.prod(shape)
 
 
 # Training and judging, which all experiments share.
