@@ -11,10 +11,9 @@ writes the page. All of it takes half an hour on two cores.
 
 import argparse
 import functools
-import importlib.util
+import inspect
 import itertools
 import json
-import pathlib
 import pydoc_data.topics
 
 import jax
@@ -300,19 +299,19 @@ def lbfgs(layer, seed, shape=(64, 64), steps=40):
 def conjugate():
     """The direction of nonlinear conjugate gradients, of Polak and Ribière."""
 
-    def init(parameters):
-        zeros = jax.tree.map(jnp.zeros_like, parameters)
+    def init(params):
+        zeros = jax.tree.map(jnp.zeros_like, params)
         return zeros, zeros
 
-    def update(gradient, state, parameters=None):
+    def update(updates, state, params=None):
         before, direction = state
-        change = jax.tree.map(jnp.subtract, gradient, before)
+        change = jax.tree.map(jnp.subtract, updates, before)
         dot = optax.tree.vdot
-        length = dot(before, before)
-        beta = jnp.where(length > 0, dot(gradient, change) / length, 0)
+        length = jnp.asarray(dot(before, before))
+        beta = jnp.where(length > 0, dot(updates, change) / length, 0)
         beta = jnp.maximum(beta, 0)
-        direction = jax.tree.map(lambda d, g: beta * d - g, direction, gradient)
-        return direction, (gradient, direction)
+        direction = jax.tree.map(lambda d, g: beta * d - g, direction, updates)
+        return direction, (updates, direction)
 
     return optax.GradientTransformation(init, update)
 
@@ -344,8 +343,7 @@ def english():
 @functools.cache
 def python():
     """The source of a module of Python's library."""
-    path = importlib.util.find_spec("argparse").origin
-    return as_characters(pathlib.Path(path).read_text())
+    return as_characters(inspect.getsource(argparse))
 
 
 def halves(text):

@@ -84,7 +84,7 @@ def main(folder: Path | None = None):
     ours, flax = (jnp.mean(m(test).argmax(1) == test_labels) for m in models)
     print(f"held-out accuracy: {ours:.2%}, with Flax's layer {flax:.2%}")
     X = nnx.relu(model.hidden1(jnp.asarray(images)))
-    ours, flax = weight_gradient_errors(*(m.hidden2 for m in models), X)
+    ours, flax = weight_gradient_errors(model.hidden2, models[1].hidden2, X)
     print(f"error of a weight gradient: {ours:.1e}, with Flax's layer {flax:.1e}")
     left, right = (figure := Figure((9, 3.5), layout="constrained")).subplots(1, 2)
     left.legend(left.semilogy(losses, alpha=0.7), ["jaxlinear", "nnx.Linear"])

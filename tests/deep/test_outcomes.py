@@ -146,6 +146,28 @@ def test_results_have_every_experiment_contender_and_seed():
     assert {name for name in EXPERIMENTS if not name.startswith("sum-")} == shown
 
 
+def test_what_readme_and_the_page_say_is_in_the_results():
+    document = json.loads(outcomes.RESULTS.read_text())
+    several_axes = [
+        *(f"events-{a * b}" for a, b in outcomes.SIZES if a * b >= 1024),
+        "events-three-axes",
+    ]
+    others = [name for name in outcomes_page.TRAININGS if name not in several_axes]
+    others.remove("events-256")
+
+    def percents(names, contender):
+        found = (outcomes_page.percents(document, n, contender) for n in names)
+        return [part for part in found if len(part)]
+
+    flax = np.concatenate(percents(several_axes, "Flax NNX"))
+    assert (round(flax.min()), round(flax.max())) == (1, 8)
+    assert abs(np.concatenate(percents(several_axes, "jaxlinear"))).max() < 0.1
+    for contender in outcomes.YARDSTICKS:
+        assert max(abs(part.mean()) for part in percents(others, contender)) < 0.2
+    on_h100 = percents(several_axes, "Flax NNX, ∇B as on an H100")
+    assert abs(np.concatenate(on_h100)).max() < 1.3
+
+
 def test_an_experiment_that_is_run_again_replaces_its_rows(tmp_path, monkeypatch):
     path = tmp_path / "outcomes.json"
     path.write_text(json.dumps({"rows": [{"experiment": "sum-65536"}]}))
