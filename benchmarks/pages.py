@@ -8,10 +8,10 @@ The results are in ``benchmarks/results``: timings on a CPU with bfloat16 instru
 (``native.json``), on one without (``plain.json``) and of few rows (``decoding.json``);
 the errors against float64 (``accuracy.json``, from ``python -m jaxlinear --json``); the
 programs of the scale study (``scale.json``), of what the backward pass keeps
-(``kept.json``) and of the loss of a last layer (``loss.json``). The failing
-transformations are counted on their own page. ``older`` in a file of results is written
-by hand: it names the products that have changed since the file was measured, and is
-shown with the figures.
+(``kept.json``) and of the loss of a last layer (``loss.json``); and what comes of
+trainings (``outcomes.json``). The failing transformations are counted on their own
+page. ``older`` in a file of results is written by hand: it names the products that have
+changed since the file was measured, and is shown with the figures.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import json
 
 import numpy as np
 
-from benchmarks import loss, plots, results_file
+from benchmarks import loss, outcomes_page, plots, results_file
 from benchmarks.aot import kept, study
 from benchmarks.machine import ROOT, kind, place, stamped
 from benchmarks.model import GPT_STEP
@@ -67,6 +67,7 @@ def main():
         study.draw(compiled("scale.json"), DOCS)
         kept.draw(compiled("kept.json"), DOCS)
         loss.draw(compiled("loss.json"), DOCS)
+        outcomes_page.draw(compiled("outcomes.json"), DOCS)
 
 
 def changed_pages(pages, parts):
@@ -108,6 +109,7 @@ def parts():
         **study.tables(compiled("scale.json")),
         **kept.tables(compiled("kept.json")),
         **loss.tables(compiled("loss.json")),
+        **outcomes_page.tables(compiled("outcomes.json")),
     }
 
 

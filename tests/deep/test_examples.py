@@ -13,8 +13,11 @@ EPS = float(np.finfo(np.float32).eps)
 
 def test_digits_are_learnt_in_mixed_precision_and_what_that_gained_is_printed(tmp_path):
     printed = printed_by(tmp_path, "digits_nnx.py")
-    accuracy = re.search(r"^held-out accuracy: ([\d.]+)%$", printed, re.M)
-    assert float(accuracy[1]) >= 96
+    accuracy = r"^held-out accuracy: ([\d.]+)%, with Flax's layer ([\d.]+)%$"
+    found = [*map(float, re.search(accuracy, printed, re.M).groups())]
+    assert min(found) >= 96
+    # Rounded gradients do not matter here: a few of the 450 images.
+    assert abs(found[0] - found[1]) < 2
     errors = re.search(r"gradient: (\S+), with Flax's layer (\S+)$", printed, re.M)
     ours, flax = map(float, errors.groups())
     assert 0 < ours < 100 * EPS < 2**-12 < flax
