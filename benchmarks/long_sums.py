@@ -16,9 +16,9 @@ import numpy as np
 from jax import lax
 
 from benchmarks import pytorch
-from benchmarks.checks import relative_error
+from benchmarks.checks import as_float64, relative_error
 from benchmarks.machine import describe, place, stamped
-from benchmarks.timing import compiled, interleaved
+from benchmarks.timing import compiled, interleaved, ratios
 from jaxlinear.inspect._table import table
 
 TERMS = 256
@@ -49,7 +49,8 @@ def in_a_loop(X, W):
     return lax.fori_loop(0, X.shape[1] // TERMS, add, start)
 
 
-FORMS = {"XLA": plain, "in a loop": in_a_loop, "written out": written_out}
+OTHERS = {"in a loop": in_a_loop, "written out": written_out}
+FORMS = {"XLA": plain, **OTHERS}
 
 
 def row(shape, device, is_timed):
@@ -57,23 +58,23 @@ def row(shape, device, is_timed):
     rows, terms, columns = shape
     generator = np.random.default_rng(0)
     X, W = (generator.standard_normal((n, terms), np.float32) for n in (rows, columns))
-    exact = X.astype(np.float64) @ W.T.astype(np.float64)
+    exact = as_float64(X) @ as_float64(W).T
     on_device = jax.device_put((X, W), device)
     programs = {name: compiled(form, on_device) for name, form in FORMS.items()}
-    results = {name: np.asarray(program.call()) for name, program in programs.items()}
+    results = {name: program.call() for name, program in programs.items()}
     if pytorch.is_timed(device, "float32"):
         [results[PYTORCH]] = pytorch.product(X, W.T.copy(), device).call()
     cells = [
-        f"{relative_error(results[name].astype(np.float64), exact):.1e}"
+        f"{relative_error(as_float64(results[name]), exact):.1e}"
         if name in results
         else ""
         for name in (*FORMS, PYTORCH)
     ]
-    others = [name for name in FORMS if name != "XLA"]
     if is_timed:
         samples = interleaved(programs, SECONDS)
-        cells += [f"{np.median(samples[n] / samples['XLA']):.2f}" for n in others]
-    sizes = [programs[name].temporary_bytes or 0 for name in others]
+        found = (ratios(samples[name], samples["XLA"]) for name in OTHERS)
+        cells += [f"{np.median(ratio):.2f}" for ratio in found]
+    sizes = [programs[name].temporary_bytes or 0 for name in OTHERS]
     cells += [f"{size / 2**20:,.0f}" for size in sizes]
     return [f"{rows} × {terms} → {columns}", *cells]
 
@@ -88,10 +89,9 @@ def main():
     is_timed = not parser.parse_args().errors
     device = jax.devices("cpu")[0]
     document = describe(device)
-    others = [name for name in FORMS if name != "XLA"]
     heading = ["rows × terms → columns", *(f"error: {n}" for n in (*FORMS, PYTORCH))]
-    heading += [f"time / XLA: {n}" for n in others] if is_timed else []
-    heading += [f"MiB: {n}" for n in others]
+    heading += [f"time / XLA: {n}" for n in OTHERS] if is_timed else []
+    heading += [f"MiB: {n}" for n in OTHERS]
     jax_version = document["versions"]["jax"]
     print(f"{place(document)}, JAX {jax_version}, measured {stamped(document)}:\n")
     print(table(heading, [row(shape, device, is_timed) for shape in SHAPES]))

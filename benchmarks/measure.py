@@ -34,8 +34,12 @@ def measure(workload, dtype, modes, device, seconds, limits):
         return
     arrays = problem(workload, dtype)
     exact = answers(arrays, dtype)
+    of_pytorch = {}
+    if workload not in GROWTH and pytorch.is_timed(device, compute_dtype):
+        of_pytorch = {"PyTorch": pytorch.layer(arrays, compute_dtype, device)}
     for mode in modes:
         programs = programs_of(workload, mode, arrays, dtype, device)
+        programs |= {name: found[mode] for name, found in of_pytorch.items()}
         errors = {}
         for name, program in programs.items():
             found = checked_errors(
@@ -104,8 +108,6 @@ def programs_of(workload, mode, arrays, dtype_name, device):
         parameters = parameters_of(name, weight, bias)
         programs[name] = compiled(results_of(mode, apply), (parameters, x, cotangent))
         programs[name].kept_bytes = kept_bytes(apply, parameters, x)
-    if workload not in GROWTH and pytorch.is_timed(device, dtype):
-        programs["PyTorch"] = pytorch.layer(arrays, dtype, device)[mode]
     return programs
 
 

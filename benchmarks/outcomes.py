@@ -136,6 +136,7 @@ def equal_terms(layer, seed, shape):
 
 def trained(loss, parameters, optimizer, batches):
     """The parameters after a step on ``loss(parameters, batch)`` for each batch."""
+    optimizer = optax.with_extra_args_support(optimizer)
 
     def step(carry, batch):
         parameters, state = carry
@@ -143,8 +144,7 @@ def trained(loss, parameters, optimizer, batches):
         # What a line search asks for; the other optimizers ignore it.
         search = {"value": value, "grad": gradients}
         search["value_fn"] = functools.partial(loss, batch=batch)
-        optimizer_ = optax.with_extra_args_support(optimizer)
-        updates, state = optimizer_.update(gradients, state, parameters, **search)
+        updates, state = optimizer.update(gradients, state, parameters, **search)
         return (optax.apply_updates(parameters, updates), state), None
 
     carry = parameters, optimizer.init(parameters)
@@ -420,15 +420,21 @@ FAST, SLOW, TINY = optax.adam(3e-3), optax.adam(1e-5), optax.sgd(1e-3)
 ACCUMULATED = optax.MultiSteps(FAST, 64).gradient_transformation()
 
 
-def characters(layer, seed, shape=(32, 256), steps=150, **options):
+def characters(
+    layer,
+    seed,
+    shape=(32, 256),
+    steps=150,
+    optimizer: optax.GradientTransformation = FAST,
+    **options,
+):
     """A character model, 8,192 tokens a batch: held-out loss after 150 steps of Adam.
 
     Its layers have 128 features.
     """
     text, rest = halves(english())
-    return held_out(
-        rest, after_reading(layer, seed, text, FAST, shape, steps, **options)
-    )
+    found = after_reading(layer, seed, text, optimizer, shape, steps, **options)
+    return held_out(rest, found)
 
 
 def embedding(layer, seed, **sizes):
@@ -438,14 +444,12 @@ def embedding(layer, seed, **sizes):
 
 def long(layer, seed, shape=(8, 32), steps=2000):
     """2,000 steps of Adam at a learning rate of 1e-5, 256 tokens a batch."""
-    text, rest = halves(english())
-    return held_out(rest, after_reading(layer, seed, text, SLOW, shape, steps))
+    return characters(layer, seed, shape, steps, SLOW)
 
 
 def accumulated(layer, seed, shape=(4, 32), steps=50 * 64):
     """50 updates of 64 microbatches of 128 tokens, summed by `optax.MultiSteps`."""
-    text, rest = halves(english())
-    return held_out(rest, after_reading(layer, seed, text, ACCUMULATED, shape, steps))
+    return characters(layer, seed, shape, steps, ACCUMULATED)
 
 
 def finetuned(layer, seed, shape=(8, 32), steps=1000):

@@ -189,25 +189,24 @@ def age(document):
 def caption(document):
     """Where and when it was measured, and what says how well."""
     rows = rows_of(document)
-    text = (
+    said = [
         f"{place(document)}, JAX {document['versions']['jax']}, measured"
         f" {stamped(document)}{age(document)}"
-    )
+    ]
     if peer := document.get("PyTorch"):
-        text += (
-            f". PyTorch {document['versions']['torch']} has {peer['threads']} threads;"
+        said.append(
+            f"PyTorch {document['versions']['torch']} has {peer['threads']} threads;"
             f" its libraries choose {peer['float32']} in float32 and"
             f" {peer['bfloat16']} in bfloat16"
         )
     if beside := [row.ratio for row in rows if row.library == AGAIN]:
-        text += (
-            f". The naive formula beside itself: {min(beside):.2f} to {max(beside):.2f}"
-        )
+        range_ = f"{min(beside):.2f} to {max(beside):.2f}"
+        said.append(f"The naive formula beside itself: {range_}")
     if loads := [r.others_cores for r in rows if r.others_cores is not None]:
-        text += f". Other processes used {np.median(loads):.2f} cores"
+        said.append(f"Other processes used {np.median(loads):.2f} cores")
     if found := doubts(rows):
-        text += f". **Wrong with this run: {'; '.join(found)}**"
-    return f"{text}:"
+        said.append(f"**Wrong with this run: {'; '.join(found)}**")
+    return f"{'. '.join(said)}:"
 
 
 def steps(document):

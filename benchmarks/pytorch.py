@@ -112,8 +112,8 @@ def _programs(load, *arguments):
 
 # What follows runs in the other process.
 
-_calls, _clocks = {}, {}
-"""Of what was loaded last, by name."""
+_loaded = {}
+"""The programs of what was loaded last, by name."""
 
 
 def _end_with_the_other():
@@ -129,16 +129,16 @@ def _end_with_the_other():
 
 def _results(name):
     """As NumPy's arrays, which know no bfloat16."""
-    return [result.detach().float().cpu().numpy() for result in _calls[name]()]
+    return [result.detach().float().cpu().numpy() for result in _loaded[name].call()]
 
 
 def _seconds(name, times):
-    seconds = _clocks[name](times)
+    seconds = _loaded[name].seconds(times)
     wait_until_idle()
     return seconds
 
 
-def _loaded(calls, place):
+def _load(calls, place):
     """Keep the calls, which wait for the device, and return their names."""
     import torch
 
@@ -150,11 +150,10 @@ def _loaded(calls, place):
 
         return wait
 
-    _calls.clear()
-    _clocks.clear()
-    on_cpu = place == "cpu"
-    _calls.update({n: c if on_cpu else waiting(c) for n, c in calls.items()})
-    _clocks.update({name: _clock(call, place) for name, call in _calls.items()})
+    _loaded.clear()
+    for name, call in calls.items():
+        call = call if place == "cpu" else waiting(call)
+        _loaded[name] = Program(call, _clock(call, place))
     return [*calls]
 
 
@@ -177,7 +176,7 @@ def _tensor(array, place):
 
 def _product(arrays, place):
     x, weight = (_tensor(array, place) for array in arrays)
-    return _loaded({"product": lambda: [x @ weight]}, place)
+    return _load({"product": lambda: [x @ weight]}, place)
 
 
 def _layer(arrays, dtype, place):
@@ -215,4 +214,4 @@ def _layer(arrays, dtype, place):
         "bias gradient": lambda: gradient(bias),
         "step": step,
     }
-    return _loaded(calls, place)
+    return _load(calls, place)

@@ -6,6 +6,7 @@ import os
 
 import numpy as np
 
+from benchmarks.timing import ratios
 from jaxlinear.inspect._json import as_json
 
 OURS = "jaxlinear"
@@ -68,15 +69,12 @@ def rows_of(document):
 
 
 def figures(samples, library):
-    """The fields of a row that come from the rounds of an interleaved measurement.
-
-    A slow library has fewer rounds: two are compared in those that they share.
-    """
+    """The fields of a row that come from the rounds of an interleaved measurement."""
     times, base = samples[library], samples[NAIVE if library == AGAIN else OURS]
-    shared = min(len(times), len(base))
-    ratios = times[:shared] / base[:shared]
-    low, median, high = map(float, np.quantile(times, [0.25, 0.5, 0.75]))
-    ratio_low, ratio, ratio_high = map(float, np.quantile(ratios, [0.25, 0.5, 0.75]))
+    quartiles = 0.25, 0.5, 0.75
+    low, median, high = map(float, np.quantile(times, quartiles))
+    found = np.quantile(ratios(times, base), quartiles)
+    ratio_low, ratio, ratio_high = map(float, found)
     return {
         "median_s": median,
         "low_s": low,

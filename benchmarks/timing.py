@@ -102,6 +102,12 @@ def interleaved(programs, seconds):
     return {name: np.array(s) for name, s in samples.items()}
 
 
+def ratios(seconds, base):
+    """In the rounds that both have: a slow program has one only."""
+    shared = min(len(seconds), len(base))
+    return seconds[:shared] / base[:shared]
+
+
 def is_worth_a_round(samples, total, budget):
     """Whether the rounds go on, after the ``samples`` of each program in ``total`` s.
 

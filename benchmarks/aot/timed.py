@@ -9,7 +9,7 @@ import numpy as np
 from benchmarks.aot.programs import Case
 from benchmarks.aot.stacks import Sizes, stack
 from benchmarks.checks import as_float64, relative_error, require, roundoff
-from benchmarks.timing import compiled, interleaved
+from benchmarks.timing import compiled, interleaved, ratios
 
 
 def rows(cell):
@@ -35,14 +35,11 @@ def rows(cell):
 def medians(samples, key, others):
     """Of the seconds of a program, and of their ratios to those of ``others``."""
     seconds = samples[key]
-    ratios = {f"to {name}": ratio(seconds, samples[k]) for name, k in others.items()}
-    return {"median_s": float(np.median(seconds)), "rounds": len(seconds), **ratios}
-
-
-def ratio(seconds, others):
-    """The median in the rounds that both have: a slow program has one only."""
-    shared = min(len(seconds), len(others))
-    return float(np.median(seconds[:shared] / others[:shared]))
+    found = {
+        f"to {name}": float(np.median(ratios(seconds, samples[k])))
+        for name, k in others.items()
+    }
+    return {"median_s": float(np.median(seconds)), "rounds": len(seconds), **found}
 
 
 def bound(sizes):

@@ -165,11 +165,10 @@ def _explained(dtype, exact, magnitude, terms, before=()):
     roundings are independent (Higham and Mary, A New Approach to Probabilistic Rounding
     Error Analysis, 2019).
     """
-    rounded = math.hypot(*map(norm, (exact, *before))) / norm(exact)
-    accumulating = math.sqrt(terms) * unit_roundoff(accumulator_dtype(dtype))
-    return unit_roundoff(dtype) / math.sqrt(3) * rounded + accumulating * norm(
-        magnitude
-    ) / norm(exact)
+    rounded = math.hypot(*map(norm, (exact, *before)))
+    of_roundings = unit_roundoff(dtype) / math.sqrt(3) * rounded
+    u = unit_roundoff(accumulator_dtype(dtype))
+    return (of_roundings + math.sqrt(terms) * u * norm(magnitude)) / norm(exact)
 
 
 def _of_products(arrays, expected, products, of_device):
