@@ -23,7 +23,7 @@ import pathlib
 import jax
 from rich.console import Console
 
-from benchmarks import results_file
+from benchmarks import drawing, results_file
 from benchmarks.aot import plots
 from benchmarks.aot.__main__ import rows_of_all
 from benchmarks.aot.kept import TARGETS, memory, memory_of
@@ -222,8 +222,8 @@ def panels(rows):
 
 
 def draw(document, folder):
-    figure = plots.against_vocabulary(panels(document["rows"]))
-    figure.savefig(folder / "loss-vocabulary.png", dpi=110)
+    lines = panels(document["rows"])
+    drawing.save(folder / "loss-vocabulary.png", plots.against_vocabulary, lines)
 
 
 def main():

@@ -1,8 +1,8 @@
 """The tables and the picture of `docs/outcomes.md`."""
 
 import numpy as np
-from matplotlib.figure import Figure
 
+from benchmarks import drawing
 from benchmarks.machine import place, stamped
 from benchmarks.outcomes import CONTENDERS, SIZES, SUMS
 from jaxlinear.inspect._table import table
@@ -102,9 +102,12 @@ def sums(document):
 
 
 def draw(document, folder):
-    """Rare events against the tokens of a batch; wide enough for a telephone."""
-    figure = Figure((5, 4), layout="constrained")
-    ax = figure.subplots()
+    drawing.save(folder / "outcomes-events.png", events, document)
+
+
+def events(document):
+    """Rare events against the tokens of a batch."""
+    figure, [ax] = drawing.stacked(1, 3.5)
     tokens = [a * b for a, b in SIZES]
     for contender, style in zip(DRAWN, ["C1-o", "C2--s", "C0-^"], strict=True):
         found = [percents(document, f"events-{n}", contender) for n in tokens]
@@ -117,5 +120,5 @@ def draw(document, folder):
     ax.set_xticks(tokens, [f"{n:,}" for n in tokens])
     ax.minorticks_off()
     ax.grid(alpha=0.3)
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside upper left")
-    figure.savefig(folder / "outcomes-events.png", dpi=165)
+    drawing.legend(figure, ax, columns=1)
+    return figure

@@ -8,10 +8,12 @@ The results are in ``benchmarks/results``: timings on a CPU with bfloat16 instru
 (``native.json``), on one without (``plain.json``) and of few rows (``decoding.json``);
 the errors against float64 (``accuracy.json``, from ``python -m jaxlinear --json``); the
 programs of the scale study (``scale.json``), of what the backward pass keeps
-(``kept.json``) and of the loss of a last layer (``loss.json``); and what comes of
-trainings (``outcomes.json``). The failing transformations are counted on their own
-page. ``older`` in a file of results is written by hand: it names the products that have
-changed since the file was measured, and is shown with the figures.
+(``kept.json``), of the loss of a last layer (``loss.json``) and of the gradients of
+single examples (``examples.json``); and what comes of trainings (``outcomes.json``).
+The findings are read from the headers of their scripts.
+The failing transformations are counted on their own page. ``older`` in a file of
+results is written by hand: it names the products that have changed since the file was
+measured, and is shown with the figures.
 """
 
 import argparse
@@ -21,7 +23,7 @@ import json
 
 import numpy as np
 
-from benchmarks import loss, outcomes_page, plots, results_file
+from benchmarks import examples, findings_page, loss, outcomes_page, plots, results_file
 from benchmarks.aot import kept, study
 from benchmarks.machine import ROOT, kind, place, stamped
 from benchmarks.model import GPT_STEP
@@ -67,6 +69,7 @@ def main():
         study.draw(compiled("scale.json"), DOCS)
         kept.draw(compiled("kept.json"), DOCS)
         loss.draw(compiled("loss.json"), DOCS)
+        examples.draw(compiled("examples.json"), DOCS)
         outcomes_page.draw(compiled("outcomes.json"), DOCS)
 
 
@@ -109,7 +112,9 @@ def parts():
         **study.tables(compiled("scale.json")),
         **kept.tables(compiled("kept.json")),
         **loss.tables(compiled("loss.json")),
+        **examples.tables(compiled("examples.json")),
         **outcomes_page.tables(compiled("outcomes.json")),
+        **findings_page.tables(),
     }
 
 
@@ -205,7 +210,7 @@ def caption(document):
     if loads := [r.others_cores for r in rows if r.others_cores is not None]:
         said.append(f"Other processes used {np.median(loads):.2f} cores")
     if found := doubts(rows):
-        said.append(f"**Wrong with this run: {'; '.join(found)}**")
+        said.append(f"**Doubts about this run: {'; '.join(found)}**")
     return f"{'. '.join(said)}:"
 
 

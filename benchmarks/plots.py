@@ -1,8 +1,8 @@
 """PNG plots of the results: ratio per workload, roofline, cost against rows."""
 
 import numpy as np
-from matplotlib.figure import Figure
 
+from benchmarks import drawing
 from benchmarks.results_file import AGAIN, NAIVE, OURS, rows_of
 
 
@@ -19,11 +19,15 @@ def draw(document, folder, prefix=""):
     paths = []
     for name, (plot, rows) in plots.items():
         if rows:
-            figure = plot(rows, document)
-            figure.text(0.01, 0.005, caption(document), fontsize=7, color="gray")
             paths.append(folder / f"{prefix}{name}.png")
-            figure.savefig(paths[-1], dpi=150)
+            drawing.save(paths[-1], captioned, plot, rows, document)
     return paths
+
+
+def captioned(plot, rows, document):
+    figure = plot(rows, document)
+    figure.supxlabel(caption(document), fontsize=8, x=0.01, ha="left")
+    return figure
 
 
 def caption(document):
@@ -37,10 +41,8 @@ def ratio(rows, document):
     workloads = list(dict.fromkeys(row.workload for row in rows))
     libraries = dict.fromkeys(row.library for row in rows)
     libraries = [name for name in libraries if name not in (OURS, AGAIN)]
-    figure = Figure(
-        (4 * len(dtypes) + 2, 0.55 * len(workloads) + 1.8), layout="constrained"
-    )
-    axes = figure.subplots(1, len(dtypes), sharey=True, squeeze=False)[0]
+    panel = 0.4 * len(workloads) + 0.4
+    figure, axes = drawing.stacked(len(dtypes), panel, sharex=True)
     height = 0.85 / len(libraries)
     for ax, dtype in zip(axes, dtypes, strict=True):
         for i, library in enumerate(libraries):
@@ -59,26 +61,21 @@ def ratio(rows, document):
                 left=1,
                 label=library,
             )
-        ax.axvline(1, color="black", linewidth=0.8)
-        ax.set(xscale="log", title=dtype, xlabel="time / time of jaxlinear")
+        ax.axvline(1, color=drawing.GREY, linewidth=0.8)
+        ax.set(xscale="log", title=f"{dtype}: time / time of jaxlinear")
         ax.set_xticks([0.5, 1, 2, 4, 8], ["0.5", "1", "2", "4", "8"])
         ax.minorticks_off()
-    axes[0].set_yticks(range(len(workloads)), workloads)
-    axes[0].invert_yaxis()
-    figure.legend(
-        *axes[0].get_legend_handles_labels(),
-        loc="outside upper center",
-        ncols=len(libraries),
-        fontsize=8,
-    )
-    figure.suptitle(" ")
+        ax.tick_params(labelbottom=True)
+        ax.set_yticks(range(len(workloads)), workloads, fontsize=9)
+        ax.invert_yaxis()
+        ax.margins(y=0.01)
+    drawing.legend(figure, axes[0])
     return figure
 
 
 def roofline(rows, document):
     """Achieved FLOP/s of our step against its FLOPs per byte, under the ceilings."""
-    figure = Figure((7, 4.5), layout="constrained")
-    ax = figure.subplots()
+    figure, [ax] = drawing.stacked(1, 3.5)
     copy = document["ceilings"]["copy"]["bytes_per_s"][-1]
     ours = [row for row in rows if row.library == OURS]
     for k, dtype in enumerate(dict.fromkeys(row.dtype for row in ours)):
@@ -94,17 +91,14 @@ def roofline(rows, document):
             label=dtype,
         )
     ax.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="GFLOP/s")
-    ax.set_title(
-        "Whole step under this machine's fastest product and copy", fontsize=10
-    )
+    ax.set_title("A step under the fastest product and copy", fontsize=10)
     ax.legend()
     return figure
 
 
 def cost(rows, document):
     """Time and memory of a step per row against the number of rows."""
-    figure = Figure((9, 4), layout="constrained")
-    time_ax, memory_ax = figure.subplots(1, 2)
+    figure, (time_ax, memory_ax) = drawing.stacked(2, 3, sharex=True)
     for k, dtype in enumerate(dict.fromkeys(row.dtype for row in rows)):
         for library, style in {OURS: "o-", NAIVE: "o:"}.items():
             chosen = [r for r in rows if r.dtype == dtype and r.library == library]
@@ -124,14 +118,8 @@ def cost(rows, document):
                 label=label,
                 markersize=3,
             )
-    time_ax.set(
-        xscale="log", yscale="log", xlabel="rows", ylabel="µs per row, whole step"
-    )
-    memory_ax.set(
-        xscale="log",
-        xlabel="rows",
-        ylabel="peak bytes / bytes of arguments and results",
-    )
+    time_ax.set(xscale="log", yscale="log", ylabel="µs per row, whole step")
+    memory_ax.set(xlabel="rows", ylabel="peak bytes / bytes\nof arguments and results")
     memory_ax.set_ylim(bottom=1)
-    time_ax.legend(fontsize=7)
+    drawing.legend(figure, time_ax)
     return figure

@@ -100,7 +100,8 @@ def doubts(rows):
     beyond = [row.share_of_limit for row in rows if row.share_of_limit > 1]
     if beyond:
         most = f"{max(beyond):.0%} of the limit of this machine"
-        found.append(f"{len(beyond)} rows reach more than 100 %, up to {most}")
+        cells = f"{len(beyond)} of {len(rows)} rows"
+        found.append(f"{cells} reach more than 100 %, up to {most}")
     beside = [row.ratio for row in rows if row.library == AGAIN]
     far = [ratio for ratio in beside if abs(ratio - 1) > FAIR]
     if far:

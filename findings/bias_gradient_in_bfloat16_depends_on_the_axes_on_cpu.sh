@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # JAX 0.10.2 and Flax 0.12.8, XLA for CPUs: `nnx.Linear(dtype=bfloat16)` has a bias
-# gradient that depends on how the tokens lie in axes. XLA adds up to 32 elements of each
+# gradient that depends on how the tokens lie in axes. XLA adds at most 32 elements of each
 # axis in a row, in bfloat16, in which 256 + 1 is 256. 65,536 terms of 1 give 65,536 in
 # one axis, a fourth of it in two and a 128th in three. `jnp.sum` of the same array is
 # right: it sums bfloat16 in float32.

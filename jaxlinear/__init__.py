@@ -4,6 +4,11 @@ import typing as _typing
 from importlib import import_module as _import_module
 from importlib.metadata import version as _version
 
+from jaxlinear._examples.functions import ExampleValues as ExampleValues
+from jaxlinear._examples.functions import GradientNoise as GradientNoise
+from jaxlinear._examples.functions import clipped_grad as clipped_grad
+from jaxlinear._examples.functions import gradient_noise as gradient_noise
+from jaxlinear._examples.functions import squared_grad_norms as squared_grad_norms
 from jaxlinear._linear import linear as linear
 from jaxlinear._loss.functions import LogLikelihood as LogLikelihood
 from jaxlinear._loss.functions import linear_cross_entropy as linear_cross_entropy

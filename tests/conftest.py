@@ -57,6 +57,17 @@ if mutant := os.environ.get("MUTANT"):
     MUTANTS[mutant].breaks()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """No file leaves its programs behind.
+
+    Each has three mappings of memory on CPU, of which Linux gives a process 65,530: a
+    process with some 20,000 programs dies.
+    """
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def use_form(monkeypatch):
     """A function that puts another form of bfloat16 products in force for the test."""

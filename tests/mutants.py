@@ -24,9 +24,11 @@ from jaxlinear import (
     _product,
     _product_checks,
 )
+from jaxlinear._examples import factors, gradients, uses
 from jaxlinear._flax import parameters, trees
 from jaxlinear.torch import _matching
 
+EXAMPLES = "test_example_gradients.py::test_gradients_are_those_of_vmap_of_grad"
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -134,7 +136,7 @@ def _():
 
 @mutant(
     "weight gradient left in the accumulator's dtype",
-    "test_transformations.py::test_gradient_through_a_scan_that_carries_a_bfloat16_weight",
+    "deep/test_transformations_of_linear.py::test_gradient_through_a_scan_that_carries_a_bfloat16_weight",
 )
 def _():
     replace(_op.formulas, "round_to", lambda right: lambda dtype, cotangent: cotangent)
@@ -376,7 +378,7 @@ def _():
 
 @mutant(
     "cotangents without a sharding",
-    "test_transformations.py::test_the_layer_passes[explicit_sharding_data_parallel]",
+    "deep/test_transformations_of_linear.py::test_the_layer_passes[explicit_sharding_data_parallel]",
 )
 def _():
     def unsharded(right):
@@ -426,12 +428,39 @@ def _():
     replace(_op.quantized, "_with_scale_of", lost)
 
 
+# Gradients of single examples.
+
+
+@mutant("norms of two uses of a parameter added", f"{EXAMPLES}[tied GPT]")
+def _():
+    def added(right):
+        return lambda uses: sum(right([use]) for use in uses)
+
+    replace(factors, "squared_norm", added)
+
+
+@mutant("slices of a stack taken for tokens", f"{EXAMPLES}[stack under scan]")
+def _():
+    def merged(right):
+        return lambda loops, *a, **k: right((False,) * len(loops), *a, **k)
+
+    replace(uses, "arranged", merged)
+
+
+@mutant(
+    "0 times the NaN of an example",
+    "test_example_gradients.py::test_an_example_of_nan_or_of_padding_contributes_nothing",
+)
+def _():
+    replace(gradients, "_where", lambda right: lambda is_counted, array: array)
+
+
 # Models and checkpoints of others.
 
 
 @mutant(
     "a kernel that is kept without being transposed",
-    "test_swap.py::test_initializers_see_the_kernel_and_so_the_right_fan",
+    "deep/test_swap.py::test_initializers_see_the_kernel_and_so_the_right_fan",
 )
 def _():
     def reshaped(right):
@@ -442,7 +471,7 @@ def _():
 
 @mutant(
     "a layer that is found by the end of its path only",
-    "test_convert.py::test_a_tree_is_converted_where_the_layer_is_and_nowhere_else",
+    "deep/test_convert.py::test_a_tree_is_converted_where_the_layer_is_and_nowhere_else",
 )
 def _():
     def anywhere(right):

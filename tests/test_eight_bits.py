@@ -1,7 +1,8 @@
 """Products of 8 bits: against float64, and against a quantizer of NumPy.
 
-What JAX makes of them, mode by mode, is in `test_transformations.py`; what is refused
-in `test_arguments.py`; what GPUs and TPUs run in `deep/targets/test_eight_bits.py`.
+What JAX makes of them, mode by mode, is in `deep/test_transformations_of_linear.py`;
+what is refused in `test_arguments.py`; what GPUs and TPUs run in
+`deep/targets/test_eight_bits.py`.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """Forward mode and reverse mode are one rule each, whatever is differentiated.
 
-Values are in `test_transformations.py`.
+Values are in `deep/test_transformations_of_linear.py`.
 """
 
 import functools

@@ -32,6 +32,7 @@ OURS = {
         "_product",
         "_product_checks",
     },
+    "_examples": {"_every_mode", "_examples", "_linear", "_op", "_product"},
     "_linear.py": {
         "_checks",
         "_every_mode",

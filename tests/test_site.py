@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import runpy
 import types
 
 import pytest
@@ -47,6 +48,13 @@ def test_every_public_name_is_on_a_page_of_the_api():
 def test_every_page_has_a_title_and_a_description_and_is_in_the_menu(page):
     head = re.match(r"---\ntitle: (.+)\ndescription: (.+)\n", page.read_text())
     assert head
+    assert not {": ", " #"} & {head[2][i : i + 2] for i in range(len(head[2]))}  # YAML.
     assert len(head[2]) < 160  # What search engines show.
     menu = (ROOT / "mkdocs.yml").read_text()
     assert f": {page.relative_to(ROOT / 'docs')}\n" in menu
+
+
+def test_the_picture_is_the_one_that_its_script_draws():
+    script = ROOT / "docs" / "call.py"
+    found = runpy.run_path(str(script))
+    assert found["PATH"].read_text() == found["drawn"]()

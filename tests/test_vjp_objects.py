@@ -162,3 +162,44 @@ def test_gradients_have_the_bits_of_those_of_an_object_that_holds_all(options):
     found, expected = backward(vjp, parameters, Y), plain(parameters, X)
     for ours, right in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
         np.testing.assert_array_equal(ours, right)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weight_gradients_of_four_stages_can_come_later(dtype):
+    """A zero-bubble pipeline: ∇X of every stage, and then every ∇W, bit for bit."""
+    stages, width = 4, 32
+    weights = [random_array(k, (2, width, width), "float32") for k in range(stages)]
+    x = random_array(9, (16, width), "float32")
+
+    def stage(weights, x):
+        for weight in weights:
+            y = jaxlinear.linear(x, weight / width**0.5, dtype=dtype)
+            x = x + jnp.tanh(y).astype("float32")
+        return x
+
+    def loss(weights, x):
+        for some in weights:
+            x = stage(some, x)
+        return jnp.sum(x**2) / 2
+
+    wanted, later = jax.ad.GradValue(), jax.ad.DontWant()
+    backward = jax.jit(lambda vjp, G: vjp.with_refs(later, wanted)(G)[1])
+    of_weights = jax.jit(lambda vjp, G: vjp.with_refs(wanted, later)(G)[0])
+    forward = jax.jit(lambda *a: jax.vjp(stage, *a))
+    vjps, y = [], x
+    for some in weights:
+        y, vjp = forward(some, y)
+        vjps.append(vjp)
+    G = [y]
+    for vjp in reversed(vjps[1:]):
+        G.append(backward(vjp, G[-1]))
+    found = [of_weights(*both) for both in zip(vjps, reversed(G), strict=True)]
+    expected = jax.jit(jax.grad(loss))(weights, x)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+    def flops(function):
+        return function.lower(vjps[1], G[0]).compile().cost_analysis()["flops"]
+
+    product = 2 * 16 * width * width
+    assert flops(backward) + flops(of_weights) < 7 * product  # Six, and the additions.

@@ -18,7 +18,7 @@ import pathlib
 import jax
 from rich.console import Console
 
-from benchmarks import results_file
+from benchmarks import drawing, results_file
 from benchmarks.aot import plots
 from benchmarks.aot.__main__ import rows_of_all
 from benchmarks.machine import ROOT, describe, place, stamped
@@ -174,7 +174,7 @@ def collectives(row):
 def draw(document, folder):
     """Write the plot of the temporaries against the number of layers."""
     rows = chosen(document["rows"], "scanned", layout=None)
-    plots.against_layers(rows, TARGETS).savefig(folder / "kept-depth.png", dpi=110)
+    drawing.save(folder / "kept-depth.png", plots.against_layers, rows, TARGETS)
 
 
 def main():

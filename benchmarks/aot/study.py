@@ -15,7 +15,7 @@ from operator import itemgetter
 
 from rich.console import Console
 
-from benchmarks import results_file
+from benchmarks import drawing, results_file
 from benchmarks.aot import plots
 from benchmarks.aot.__main__ import print_failed, run
 from benchmarks.machine import ROOT, stamped
@@ -115,8 +115,8 @@ def draw(document, folder):
     """Write the plots against the number of chips."""
     for target in TENSOR:
         rows = full_rows(document, target)
-        figure = plots.against_chips(rows, f"174 billion parameters on {target}")
-        figure.savefig(folder / f"scale-{target}.png", dpi=110)
+        title = f"174 billion parameters on {target}"
+        drawing.save(folder / f"scale-{target}.png", plots.against_chips, rows, title)
 
 
 def main():

@@ -15,7 +15,16 @@ from benchmarks.aot import targets
 
 os.environ |= targets.SETTINGS
 
-from benchmarks.aot import account, losses, programs, sharded, stacks, steps, timed
+from benchmarks.aot import (
+    account,
+    clipped,
+    losses,
+    programs,
+    sharded,
+    stacks,
+    steps,
+    timed,
+)
 
 BACKENDS = {"triton": None, "cublas": {"xla_gpu_enable_triton_gemm": False}}
 """Of the products on GPUs. A device chooses between them by timing."""
@@ -27,8 +36,12 @@ def main(cell):
 
 
 def timed_rows(cell):
-    is_loss = programs.Case.named(cell["case"], None).program in losses.PROGRAMS
-    return losses.timed_rows(cell) if is_loss else timed.rows(cell)
+    program = programs.Case.named(cell["case"], None).program
+    if program in losses.PROGRAMS:
+        return losses.timed_rows(cell)
+    if program in clipped.MODELS:
+        return clipped.timed_rows(cell)
+    return timed.rows(cell)
 
 
 def compiled(cell):
@@ -60,6 +73,8 @@ def program_of(case, cell, devices):
         return stacks.placed(case, devices, layout, stacks.Sizes(**sizes))
     if case.program in losses.PROGRAMS:
         return losses.placed(case, devices[0], losses.Sizes(**sizes))
+    if case.program in clipped.MODELS:
+        return clipped.placed(case, devices[0], clipped.Sizes(**sizes))
     if case.program == steps.PROGRAM:
         return steps.placed(case, devices[0], steps.Sizes(**sizes))
     if layout is None:

@@ -26,24 +26,24 @@ def cotangent_type(primal):
     mesh, spec = aval.sharding.mesh, aval.sharding.spec
     if mesh.empty:  # An array made before the mesh was set is replicated over it.
         mesh = jax.sharding.get_abstract_mesh()
-    sharding = NamedSharding(mesh, spec) if _has_explicit_axes(mesh) else None
+    sharding = NamedSharding(mesh, spec) if has_explicit_axes(mesh) else None
     return ArrayType(aval.dtype, sharding)
 
 
 def is_traced_with_explicit_axes(array):
-    return isinstance(array, Tracer) and _has_explicit_axes(
+    return isinstance(array, Tracer) and has_explicit_axes(
         jax.typeof(array).sharding.mesh
     )
 
 
-def _has_explicit_axes(mesh):
+def has_explicit_axes(mesh):
     return AxisType.Explicit in mesh.axis_types
 
 
 def broadcast_over_rows(vector, rows):
     """``vector`` for each element of the leading axes of ``rows``, (*, 0)."""
     shape, sharding = (*rows.shape[:-1], *vector.shape), jax.typeof(rows).sharding
-    out_sharding = sharding if _has_explicit_axes(sharding.mesh) else None
+    out_sharding = sharding if has_explicit_axes(sharding.mesh) else None
     return lax.broadcast_in_dim(
         vector, shape, (len(shape) - 1,), out_sharding=out_sharding
     )

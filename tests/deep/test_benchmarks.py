@@ -10,10 +10,14 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.image import imread
 
 from benchmarks import __main__ as command
 from benchmarks import (
+    drawing,
     long_sums,
     measure,
     model,
@@ -108,6 +112,32 @@ def test_bars_of_the_ratios_start_at_one():
     assert {bar.get_x() for bar in bars} == {1}
     others = {row.library for row in rows} - {OURS, AGAIN}
     assert ends == pytest.approx(sorted(r.ratio for r in rows if r.library in others))
+
+
+def luminance(colour):
+    """As WCAG 2 defines it."""
+    channels = np.array(to_rgb(colour))
+    low, high = channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4
+    return np.dot([0.2126, 0.7152, 0.0722], np.where(channels <= 0.04045, low, high))
+
+
+@pytest.mark.parametrize("background", drawing.BACKGROUNDS)
+def test_colours_of_plots_are_seen_on_light_and_dark_pages(background):
+    for colour in drawing.COLOURS:
+        low, high = sorted([luminance(colour), luminance(background)])
+        assert (high + 0.05) / (low + 0.05) >= 3
+
+
+def test_plots_are_narrow_and_transparent(tmp_path):
+    def plot():
+        figure, [ax] = drawing.stacked(1, 2)
+        ax.plot([1, 2])
+        return figure
+
+    drawing.save(tmp_path / "plot.png", plot)
+    picture = imread(tmp_path / "plot.png")
+    assert picture.shape[1] == 200 * drawing.WIDTH
+    assert {*picture[0, :, 3]} == {0}
 
 
 @pytest.mark.parametrize(("before", "now", "found"), [(2, 1, 1), (2, 2, 0), (1, 2, 0)])

@@ -120,7 +120,7 @@ def test_a_good_run_has_no_doubts_nor_has_one_that_measured_no_load():
     ("fields", "said"),
     [
         ({"others_cores": 0.5}, "other processes used up to 0.5 cores in 1 of 2 rows"),
-        ({"share_of_limit": 1.5}, "1 rows reach more than 100 %, up to 150% of"),
+        ({"share_of_limit": 1.5}, "1 of 2 rows reach more than 100 %, up to 150% of"),
         ({"ratio": 0.9}, "takes 0.90 to 0.90 of its own time in 1 of 2 cells"),
     ],
     ids=["load", "limit", "itself"],

@@ -33,6 +33,16 @@ def test_linen_classifies_digits(tmp_path):
     assert float(re.search(r"accuracy: ([\d.]+)%", printed)[1]) > 96
 
 
+def test_privacy_costs_a_few_percent(tmp_path):
+    pytest.importorskip("dp_accounting")
+    printed = printed_by(tmp_path, "train_private.py")
+    assert re.search(r"^ε = 4\.1 at δ = 1e-05$", printed, re.M)
+    found = re.search(r"private: ([\d.]+)%\n.*not private: ([\d.]+)%", printed)
+    private, not_private = map(float, found.groups())
+    assert 90 < private < not_private
+    assert not_private > 95
+
+
 def test_gradients_of_the_three_layers_have_the_errors_that_are_claimed(tmp_path):
     printed = printed_by(tmp_path, "gradient_accuracy.py")
     rows = re.findall(r"│ (\S[^│]*?) +│ (\S+) +│ (\S+) +│ (\S+) +│", printed)

@@ -2,7 +2,7 @@
 
 The oracle is the same model with Flax's layers, trained by the same optimizer, all in
 float64: an update divides by what rounding leaves of a small gradient. What is refused
-is in ``tests/test_convert.py``.
+is in ``test_convert.py``.
 """
 
 import inspect

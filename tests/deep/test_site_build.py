@@ -40,3 +40,8 @@ def test_signatures_are_over_several_lines(site):
     assert lines[0].endswith("linear(")
     assert lines[1].strip().startswith("x: ArrayLike")
     assert len(lines) > 8
+
+
+def test_the_picture_of_a_call_is_on_its_page(site):
+    page = (site / "call" / "index.html").read_text()
+    assert (ROOT / "docs" / "call.svg").read_text().strip() in page

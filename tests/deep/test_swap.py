@@ -33,7 +33,7 @@ LAYERS |= {"nnx": (jaxlinear.nnx.Linear, nnx.Linear)}
 
 
 def flax_start():
-    text = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+    text = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
     [arguments] = re.findall(r"`(kernel_init=[^`]*)`", text)
     return eval(f"dict({arguments})", {"nnx": nnx})
 

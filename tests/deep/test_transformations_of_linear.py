@@ -1,7 +1,7 @@
 """Every row of `tests/transformations` for `linear`, and what the rows do not show.
 
 The layer does what the naive formula does, with the values of float64. The other layers
-are in `deep/test_transformations.py`.
+are in `test_transformations.py`.
 """
 
 import jax
