@@ -114,16 +114,21 @@ def test_500_damaged_files_are_refused_or_loaded(ending, tmp_path):
     assert ends["loaded"] > 0
 
 
+# It imports what it needs once, and for each line that it reads starts a process that
+# saves until it is killed.
 WRITER = """
-import sys
+import os, sys
 import numpy as np
 from jaxlinear.torch import save
 
-print("ready", flush=True)
-value = 1
-while True:
-    save({name: np.full((500, 500), value, "float32") for name in "abcd"}, sys.argv[1])
-    value += 1
+for _ in sys.stdin:
+    value, saving = 0, os.fork()
+    while not saving:
+        value += 1
+        array = np.full((500, 500), value, "float32")
+        save(dict.fromkeys("abcd", array), sys.argv[1])
+    print(saving, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(saving, 0)[1]), flush=True)
 """
 
 
@@ -133,11 +138,21 @@ def test_a_save_that_is_killed_leaves_a_whole_file(file, tmp_path):
     path, chance = tmp_path / file, random.Random(file)
     target = {name: np.zeros((500, 500), "float32") for name in "abcd"}
     save(target, path)
-    command = [sys.executable, "-c", WRITER, str(path)]
-    for _ in range(25):
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-            process.stdout.readline()
+    values = set()
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(path)],
+        **dict.fromkeys(["stdin", "stdout"], subprocess.PIPE),
+        text=True,
+        bufsize=1,
+    ) as writer:
+        for _ in range(25):
+            print(file=writer.stdin)
+            saving = int(writer.stdout.readline())
             time.sleep(chance.uniform(0, 0.1))
-            process.send_signal(signal.SIGKILL)
-        loaded = load(target, path)
-        assert len({float(x) for a in loaded.values() for x in np.unique(a)}) == 1
+            os.kill(saving, signal.SIGKILL)
+            assert int(writer.stdout.readline()) == -signal.SIGKILL
+            loaded = load(target, path)
+            [value] = {float(x) for a in loaded.values() for x in np.unique(a)}
+            values.add(value)
+        writer.stdin.close()
+    assert len(values) > 1  # There was time to save.

@@ -68,16 +68,26 @@ def loss_of(model):
     return jnp.mean((model(X.astype(model.head.bias.dtype)) - 1) ** 2)
 
 
-@partial(nnx.jit, static_argnums=2)
-def step(model, optimizer, takes_extra):
+@nnx.jit
+def loss_and_gradients(model):
     graph, state = nnx.split(model)
-    value, gradients = jax.value_and_grad(lambda s: loss_of(nnx.merge(graph, s)))(state)
+    return jax.value_and_grad(lambda s: loss_of(nnx.merge(graph, s)))(state)
+
+
+@partial(nnx.jit, static_argnames="takes_extra")
+def update(model, optimizer, value, gradients, takes_extra):
+    graph = nnx.graphdef(model)
     extra = {
         "value": value,
         "grad": nnx.as_pure(gradients),
         "value_fn": lambda parameters: loss_of(nnx.merge(graph, parameters)),
     }
     optimizer.update(model, gradients, **(extra if takes_extra else {}))
+
+
+def step(model, optimizer, takes_extra):
+    # The gradients are compiled once, and not for each optimizer.
+    update(model, optimizer, *loss_and_gradients(model), takes_extra=takes_extra)
 
 
 def assert_close(actual, expected, tolerance):

@@ -1,21 +1,22 @@
 """What a GPU or a TPU runs of products of 8 bits, as its compiler says without it.
 
-    python tests/deep/targets/eight_bits.py TARGET [RECIPE ...]
+    python tests/deep/targets/eight_bits.py [--size SIZE] TARGET [RECIPE ...]
 
-compiles a layer of 4096 rows, 4096 features in and as many out, and its gradients, for
-TARGET (h100, b200, v5e, v5p, v6e or tpu7x), and prints a line of JSON for each product:
-the dtypes that are multiplied, the operation or the library that multiplies them, and
-for TPUs the cycles that the compiler expects of it; and one for the whole: its kernels
-and the MiB that they read and write. Without recipes all of them, bfloat16 first. For
-GPUs by cuBLAS: on a device XLA chooses between it and Triton by timing.
+compiles a layer of SIZE rows (4096), SIZE features in and as many out, and its
+gradients, for TARGET (h100, b200, v5e, v5p, v6e or tpu7x), and prints a line of JSON
+for each product: the dtypes that are multiplied, the operation or the library that
+multiplies them, and for TPUs the cycles that the compiler expects of it; and one for
+the whole: its kernels and the MiB that they read and write. Without recipes all of
+them, bfloat16 first. For GPUs by cuBLAS: on a device XLA chooses between it and Triton
+by timing.
 
 A process of its own, since the compiler may abort the one that it runs in.
 """
 
+import argparse
 import json
 import os
 import re
-import sys
 
 from benchmarks.aot import targets
 
@@ -39,10 +40,10 @@ RECIPES = {
 PRODUCTS = "forward_product", "input_gradient", "weight_gradient"
 
 
-def arguments(device, rows=4096, width=4096, hidden=4096):
+def arguments(device, size):
     """x, weight, bias and G, on a device that is not here."""
     sharding = SingleDeviceSharding(device)
-    shapes = (rows, width), (hidden, width), (hidden,), (rows, hidden)
+    shapes = (size, size), (size, size), (size,), (size, size)
     dtypes = "bfloat16", "float32", "float32", "bfloat16"
     return [
         jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -72,8 +73,8 @@ def cycles(text):
     return found
 
 
-def main(target, *recipes):
-    given = arguments(targets.devices(target, 1)[0])
+def main(target, recipes, size):
+    given = arguments(targets.devices(target, 1)[0], size)
     for recipe in recipes or RECIPES:
         found = jaxlinear.explain(
             jaxlinear.linear, *given[:3], dtype="bfloat16", products=RECIPES[recipe]
@@ -91,4 +92,9 @@ def main(target, *recipes):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--size", type=int, default=4096)
+    parser.add_argument("target", choices=targets.TARGETS)
+    parser.add_argument("recipes", nargs="*")
+    options = parser.parse_args()
+    main(options.target, options.recipes, options.size)
