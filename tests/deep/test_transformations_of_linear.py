@@ -1,7 +1,7 @@
-"""Every row of `tests/transformations` for `linear`, and what the rows do not show.
+"""Every cell of the page of transformations, and what its rows do not show of `linear`.
 
-The layer does what the naive formula does, with the values of float64. The other layers
-are in `test_transformations.py`.
+The layer and the naive formula pass everywhere, with the values of float64; the plain
+`custom_vjp` does what the page says. The other layers are in `test_transformations.py`.
 """
 
 import jax
@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from jax import lax
 from oracle import naive, random_problem, relative_error, wide
-from transformations.layers import LAYERS, LINEAR, NAIVE
-from transformations.measure import ROWS, TOPICS, check, rows_of
+from transformations.layers import LAYERS, LINEAR, NAIVE, PLAIN
+from transformations.measure import ROWS, TOPICS, check, outcome, rows_of
 from transformations.page import in_words, recorded
 
 from jaxlinear import linear
@@ -20,6 +20,16 @@ from jaxlinear import linear
 @pytest.mark.parametrize("row", ROWS)
 def test_the_layer_passes(row):
     check(ROWS[row], LINEAR, LAYERS[LINEAR])
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_the_naive_formula_passes(row):
+    check(ROWS[row], NAIVE, LAYERS[NAIVE])
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_plain_rule_does_what_the_page_says(row):
+    assert outcome(ROWS[row], PLAIN, LAYERS[PLAIN]) == recorded()[in_words(row), PLAIN]
 
 
 def test_no_row_has_the_name_of_another():

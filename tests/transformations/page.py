@@ -32,8 +32,8 @@ hide:
 Wherever `x @ w.T + b` works, the layer works, with the same values. Each cell is a test, under the oldest and
 the newest JAX. ✓: the values are right, against float64, or the costs are at most the naive formula's. ✗: the
 exception, or how much more it costs. The plain `custom_vjp` is the one of
-[the guide](custom-derivative.md). Other tests check the rows for both modules, and those of values for
-bfloat16, float8 and int8 products. A second derivative through float8 or int8 products is refused.
+[the guide](custom-derivative.md). Other tests run each row with some of: both modules, bfloat16,
+float8 and int8 products. A second derivative through float8 or int8 products is refused.
 """  # noqa: E501
 
 
