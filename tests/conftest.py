@@ -81,13 +81,23 @@ def _forget_programs():
 
 
 @pytest.fixture
-def use_form(monkeypatch):
+def replace(monkeypatch):
+    """A function that replaces a part of the package, of which JAX forgets programs."""
+
+    def replace(place, name, value):
+        monkeypatch.setattr(place, name, value)
+        jax.clear_caches()
+
+    yield replace
+    jax.clear_caches()
+
+
+@pytest.fixture
+def use_form(replace):
     """A function that puts another form of bfloat16 products in force for the test."""
 
     def use(form):
         for name, function in functions_of(form).items():
-            monkeypatch.setattr(cpu, name, function)
-        jax.clear_caches()
+            replace(cpu, name, function)
 
-    yield use
-    jax.clear_caches()
+    return use

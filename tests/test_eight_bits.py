@@ -78,10 +78,9 @@ def reference(products, X, W, G):
 
 @pytest.mark.parametrize("is_alone", [True, False])
 @each_recipe
-def test_products_are_those_of_the_quantized_operands(name, is_alone, monkeypatch):
+def test_products_are_those_of_the_quantized_operands(name, is_alone, replace):
     # One CPU device multiplies them in bfloat16, and eight multiply them as they are.
-    monkeypatch.setattr(_op.quantized, "has_one_device", lambda: is_alone)
-    jax.clear_caches()
+    replace(_op.quantized, "has_one_device", lambda: is_alone)
     x, weight, _, cotangent = random_problem((48,), 96, 64, "float32")
     Y, vjp = jax.vjp(layer(name), x, weight)
     expected = reference(RECIPES[name][0], x, weight, cotangent)
@@ -181,10 +180,9 @@ def test_infinities_and_nan_end_up_where_they_would_unquantized(name, value):
 
 @pytest.mark.parametrize("is_alone", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_no_value_is_lost_in_the_maximum_of_many(dtype, is_alone, monkeypatch):
+def test_no_value_is_lost_in_the_maximum_of_many(dtype, is_alone, replace):
     """XLA's maximum on CPUs drops NaN from 4,096 elements on."""
-    monkeypatch.setattr(_op.quantized, "has_one_device", lambda: is_alone)
-    jax.clear_caches()
+    replace(_op.quantized, "has_one_device", lambda: is_alone)
     x, weight, _, cotangent = random_problem((256,), 512, 384, "float32")
     x, weight, cotangent = (a.astype(dtype) for a in (x, weight, cotangent))
 
@@ -217,9 +215,8 @@ def test_a_nan_is_found_in_a_sharded_array(spec):
 
 
 @pytest.mark.parametrize("rows", [1000, 150_000])
-def test_sums_of_a_size_that_is_not_known_yet_do_not_overflow(rows, monkeypatch):
-    monkeypatch.setattr(_op.quantized, "has_one_device", lambda: False)
-    jax.clear_caches()
+def test_sums_of_a_size_that_is_not_known_yet_do_not_overflow(rows, replace):
+    replace(_op.quantized, "has_one_device", lambda: False)
     n, k = jax.export.symbolic_shape("n, k")
 
     def gradient(x, weight, G):

@@ -42,18 +42,15 @@ REVERSE = {
 
 
 @pytest.fixture
-def registered(monkeypatch):
+def registered(replace):
     """Registers other rules with the `jax.custom_vjp`, made of those that it has."""
 
     def register(forward=lambda rule: rule, backward=lambda rule: rule):
         op = _linear._linear
-        monkeypatch.setattr(op, "fwd", forward(op.fwd))
-        monkeypatch.setattr(op, "bwd", backward(op.bwd))
-        jax.clear_caches()
+        replace(op, "fwd", forward(op.fwd))
+        replace(op, "bwd", backward(op.bwd))
 
-    yield register
-    monkeypatch.undo()
-    jax.clear_caches()
+    return register
 
 
 @pytest.mark.parametrize("name", REVERSE)

@@ -159,18 +159,6 @@ FORMATS = {
 }
 
 
-@pytest.fixture
-def replace(monkeypatch):
-    """A function that replaces a part of our layer, of which JAX forgets programs."""
-
-    def replace(place, name, value):
-        monkeypatch.setattr(place, name, value)
-        jax.clear_caches()
-
-    yield replace
-    jax.clear_caches()
-
-
 def unexplained(device, monkeypatch, **kinds):
     """What of ours is not explained on ``device``: (dtype, quantity, precision)."""
     ours = {"jaxlinear": _accuracy.layers()["jaxlinear"]}

@@ -29,7 +29,7 @@ CASES = {
     "h100": [*LAYERS, *MLPS, "stack-mixed-bias"],
     # A stack takes minutes, and float32 half a minute: `benchmarks.aot` has them.
     "v5e": [
-        "layer-bfloat16-plain",
+        "layer-bfloat16-bias",
         "layer-mixed-plain",
         *(case for case in MLPS if "float32" not in case),
     ],
