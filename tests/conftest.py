@@ -59,7 +59,7 @@ if mutant := os.environ.get("MUTANT"):
 
 
 def pytest_collection_modifyitems(items):
-    """Where ``HALF`` is 0 or 1, keep that half of all cases, and tests without cases."""
+    """Where ``HALF`` is 0 or 1, keep that half of the cases, and tests without any."""
     if half := os.environ.get("HALF"):
         items[:] = [
             item
