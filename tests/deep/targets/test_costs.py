@@ -27,7 +27,8 @@ LAYERS = [f"layer-{dtype}-{bias}" for dtype in DTYPES for bias in ("bias", "plai
 MLPS = [f"mlp-{dtype}-bias" for dtype in DTYPES]
 CASES = {
     "h100": [*LAYERS, *MLPS, "stack-mixed-bias"],
-    # A stack takes minutes, and float32 half a minute: `benchmarks.aot` has them.
+    # A stack takes minutes, float32 half a minute, and a layer three times as long as
+    # for an H100: `benchmarks.aot` has the others.
     "v5e": [
         "layer-bfloat16-bias",
         "layer-mixed-plain",

@@ -62,6 +62,6 @@ def test_an_h100_multiplies_8_bits_and_a_scale_of_a_tensor_costs_no_kernel():
     ("target", "recipe"), [("v5e", "INT8"), ("v6e", "FLOAT8"), ("tpu7x", "FLOAT8")]
 )
 def test_8_bits_reach_the_matrix_units_of_tpus(target, recipe):
-    # At 4096 this takes their compilers three times as long.
+    # At 4096 this takes their compilers two to four times as long.
     [(products, _)] = found(target, recipe, size=1024)
     assert_multiplied(products, "convolution", getattr(jaxlinear, recipe))
